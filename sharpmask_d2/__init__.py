@@ -1,5 +1,8 @@
-"""SharpMask and DeepMask segment proposals for Detectron2."""
+"""SharpMask and DeepMask segment proposals for Detectron2: importing the package registers everything."""
 
 from . import compat  # noqa: F401  (first: it makes Detectron2 0.6 importable beside current libraries)
+from . import modeling  # noqa: F401
+from .config import add_sharpmask_config
 
 __version__ = "0.1.0"
+__all__ = ["add_sharpmask_config"]

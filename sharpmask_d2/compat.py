@@ -14,6 +14,21 @@ import detectron2
 class _MissingOperators(types.ModuleType):
     """Stands in for `detectron2._C`: every operator asked of it raises an error that says what is missing."""
 
+    @staticmethod
+    def get_compiler_version() -> str:
+        """What Detectron2's report on its environment prints."""
+        return "none: no compiled operators"
+
+    @staticmethod
+    def get_cuda_version() -> str:
+        """Likewise."""
+        return "none: no compiled operators"
+
+    @staticmethod
+    def has_cuda() -> bool:
+        """Likewise."""
+        return False
+
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)

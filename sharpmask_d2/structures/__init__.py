@@ -1,0 +1,5 @@
+"""Window masks: what the network says about windows, and their boxes, RLEs and bitmaps in the image."""
+
+from .window_masks import WindowMasks
+
+__all__ = ["WindowMasks"]

@@ -1,0 +1,14 @@
+from .features import trunk_features
+from .resnet import ResNetTrunk, build_resnet_trunk
+from .timm import TimmTrunk, build_timm_trunk
+from .vgg import VGGTrunk, build_vgg_trunk
+
+__all__ = [
+    "ResNetTrunk",
+    "TimmTrunk",
+    "VGGTrunk",
+    "build_resnet_trunk",
+    "build_timm_trunk",
+    "build_vgg_trunk",
+    "trunk_features",
+]

@@ -1,0 +1,3 @@
+from .image_pyramid import ImagePyramid, SharpMaskGenerator
+
+__all__ = ["ImagePyramid", "SharpMaskGenerator"]

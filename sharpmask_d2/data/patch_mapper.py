@@ -1,0 +1,204 @@
+"""From images with objects to batches of patches.
+
+Shape letters: G objects, P patches of an image, S side of a patch (window and context), M side of a target mask.
+"""
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import configurable
+from detectron2.data import detection_utils
+
+from .objects import ImageObjects, cut_region, large_enough, read_objects, render_mask
+from .window_sampling import WindowSampler
+
+# Value outside the image: 0.5 of 1, as in the released code.
+PADDING_VALUE = 127.5
+
+
+class PatchMapper:
+    """Reads an image once and cuts several patches out of it, with their targets.
+
+    A call is a pure function of the dataset dict and the random generator, which makes a training repeatable.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        sampler: WindowSampler,
+        window_size: int,
+        context: int,
+        mask_size: int,
+        patches_per_image: int,
+        image_format: str,
+        flip: bool,
+        min_area: float,
+        min_side: float,
+        category_weights: dict,
+        color_jitter: float = 0.0,
+    ):
+        """
+        Args:
+            sampler: chooses the windows.
+            window_size, context: in pixels of the patch.
+            mask_size: M.
+            patches_per_image: P.
+            image_format: channel order of the patches, "RGB" or "BGR".
+            flip: mirror half of the patches.
+            min_area, min_side: see `objects.read_objects`.
+            category_weights: category_id -> weight of each of its objects; 1 for those not listed.
+            color_jitter: strength of random brightness, contrast and saturation.
+        """
+        self.sampler = sampler
+        self.window_size, self.context, self.mask_size = window_size, context, mask_size
+        self.patches_per_image = patches_per_image
+        self.image_format = image_format
+        self.flip = flip
+        self.min_area, self.min_side = min_area, min_side
+        self.category_weights = category_weights
+        self.color_jitter = color_jitter
+
+    @classmethod
+    def from_config(cls, cfg, *, category_weights: dict, is_train: bool = True):
+        sharpmask = cfg.MODEL.SHARPMASK
+        refined = sharpmask.REFINEMENT.NAME != "none"
+        rule, sampling = sharpmask.LABELS, sharpmask.SAMPLING
+        sampler = WindowSampler(
+            window_size=sharpmask.WINDOW_SIZE,
+            exponents=sharpmask.TEST.SCALES,
+            mask_fraction=sampling.MASK_FRACTION if is_train else 0.5,
+            shared_positives=sampling.SHARED_POSITIVES if is_train else True,
+            near_negatives=sampling.NEAR_NEGATIVES,
+            label_rule={
+                "positive_shift": rule.POSITIVE_SHIFT,
+                "positive_octaves": rule.POSITIVE_OCTAVES,
+                "negative_shift": rule.NEGATIVE_SHIFT,
+                "negative_octaves": rule.NEGATIVE_OCTAVES,
+            },
+        )
+        return {
+            "sampler": sampler,
+            "window_size": sharpmask.WINDOW_SIZE,
+            "context": sharpmask.CONTEXT,
+            # DeepMask is trained at twice its resolution, as released; everything is evaluated at the window's.
+            "mask_size": sharpmask.WINDOW_SIZE if refined or not is_train else 2 * sharpmask.COARSE_MASK_SIZE,
+            "patches_per_image": sampling.PATCHES_PER_IMAGE if is_train else sharpmask.TEST.PATCHES_PER_IMAGE,
+            "image_format": cfg.INPUT.FORMAT,
+            "flip": is_train,
+            "min_area": sampling.MIN_AREA,
+            "min_side": sampling.MIN_SIDE,
+            "category_weights": category_weights,
+            "color_jitter": sampling.COLOR_JITTER if is_train else 0.0,
+        }
+
+    def weights(self, objects: ImageObjects) -> np.ndarray:
+        """How often each of G objects is chosen, up to a factor: (G,), zero for those that are no targets."""
+        weights = np.array([self.category_weights.get(int(c), 1.0) for c in objects.categories], dtype=np.float64)
+        return weights * objects.targets
+
+    def objects(self, dataset_dict: dict) -> ImageObjects:
+        """The objects of a dataset dict."""
+        return read_objects(dataset_dict, min_area=self.min_area, min_side=self.min_side)
+
+    def __call__(self, dataset_dict: dict, rng) -> dict:
+        """
+        Args:
+            dataset_dict: Detectron2's format, see `objects.read_objects`.
+            rng: numpy.random.Generator.
+
+        Returns:
+            file_name and image_id, and what `cut` returns.
+
+        Raises:
+            OSError: the image cannot be read; the message names the file.
+            ValueError: a broken annotation or an image of another size than the dataset says.
+        """
+        name = dataset_dict["file_name"]
+        try:
+            image = detection_utils.read_image(name, format=self.image_format)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise OSError(f"cannot read image {dataset_dict.get('image_id')}, {name}: {error}") from error
+        expected = dataset_dict.get("height", image.shape[0]), dataset_dict.get("width", image.shape[1])
+        if image.shape[:2] != expected:
+            raise ValueError(
+                f"image {dataset_dict.get('image_id')}, {name}, has {image.shape[:2]} pixels (height, width), "
+                f"the dataset says {expected}"
+            )
+        samples = self.cut(image, self.objects(dataset_dict), rng)
+        return {"file_name": name, "image_id": dataset_dict.get("image_id"), **samples}
+
+    def cut(self, image: np.ndarray, objects: ImageObjects, rng) -> dict:
+        """Choose windows and cut them out.
+
+        Args:
+            image: (H, W, 3) uint8.
+            objects: in the frame of the image.
+            rng: numpy.random.Generator.
+
+        Returns:
+            patches (P, 3, S, S) uint8; masks (P, M, M) uint8 in {0, 1}, zero for negatives; labels (P,) int64; pays_mask and pays_score
+            (P,) bool.
+        """
+        size = self.window_size + self.context
+        if self.color_jitter:
+            image = _jitter_colors(image, self.color_jitter, rng)
+        samples = self.sampler(objects, self.weights(objects), image.shape[:2], self.patches_per_image, rng)
+        count = len(samples.windows)
+        patches = np.empty((count, size, size, 3), dtype=np.uint8)
+        masks = np.zeros((count, self.mask_size, self.mask_size), dtype=np.uint8)
+        flips = rng.random(count) < (0.5 if self.flip else 0.0)
+        for i, (window, owner) in enumerate(zip(samples.windows, samples.objects)):
+            patch_side = (window[2] - window[0]) * size / self.window_size
+            # Whole pixels, so that cutting is a slice; the mask follows the rounded region.
+            side = max(1, round(patch_side))
+            x0, y0 = (round((low + high) / 2 - side / 2) for low, high in (window[0::2], window[1::2]))
+            patch = cut_region(image, (x0, y0, side), size, PADDING_VALUE)
+            border = side * self.context / 2 / size
+            patches[i] = patch[:, ::-1] if flips[i] else patch
+            if owner >= 0:
+                region = (x0 + border, y0 + border, side - 2 * border)
+                mask = render_mask(objects.segmentations[owner], region, self.mask_size)
+                masks[i] = mask[:, ::-1] if flips[i] else mask
+        return {
+            "patches": torch.from_numpy(np.ascontiguousarray(patches.transpose(0, 3, 1, 2))),
+            "masks": torch.from_numpy(masks),
+            "labels": torch.from_numpy(samples.labels),
+            "pays_mask": torch.from_numpy(samples.pays_mask),
+            "pays_score": torch.from_numpy(samples.pays_score),
+        }
+
+    def cut_instances(self, image: torch.Tensor, instances, rng) -> dict:
+        """Like `cut`, for what Detectron2's own mapper delivers.
+
+        Args:
+            image: (3, H, W), 0..255.
+            instances: with gt_boxes, gt_classes and gt_masks (polygons or bitmaps).
+
+        Raises:
+            ValueError: the instances have no masks.
+        """
+        if not instances.has("gt_masks"):
+            raise ValueError("training images come without masks: set MODEL.MASK_ON True, so that Detectron2's mapper loads them")
+        boxes = instances.gt_boxes.tensor.cpu().numpy()
+        masks = instances.gt_masks
+        segmentations = masks.polygons if hasattr(masks, "polygons") else list(masks.tensor.cpu().numpy())
+        objects = ImageObjects(
+            boxes=boxes,
+            segmentations=segmentations,
+            categories=instances.gt_classes.cpu().numpy(),
+            targets=large_enough(boxes, segmentations, min_area=self.min_area, min_side=self.min_side),
+            crowd_boxes=np.zeros((0, 4), np.float32),
+        )
+        return self.cut(image.permute(1, 2, 0).cpu().numpy().round().astype(np.uint8), objects, rng)
+
+
+def _jitter_colors(image: np.ndarray, strength: float, rng) -> np.ndarray:
+    """Random saturation, contrast and brightness, each a factor 1 +- strength."""
+    saturation, contrast, brightness = rng.uniform(1 - strength, 1 + strength, 3)
+    grey = image.mean(axis=2, dtype=np.float32)
+    mean = float(grey.mean())
+    grey = cv2.merge([grey.astype(np.uint8)] * 3)
+    # Saturation mixes with grey; contrast and brightness are one affine map of what comes out.
+    factor = contrast * brightness
+    return cv2.addWeighted(image, saturation * factor, grey, (1 - saturation) * factor, brightness * mean * (1 - contrast))

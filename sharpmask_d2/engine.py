@@ -1,0 +1,141 @@
+"""Training and evaluation in Detectron2's manner."""
+
+import torch
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils import comm
+from torch import nn
+
+from .data import build_patch_test_loader, build_patch_train_loader
+from .evaluation import PatchEvaluator, ProposalEvaluator
+
+ARCHITECTURE = "SharpMaskProposalNetwork"
+
+
+class _CpuAutocastTrainer(SimpleTrainer):
+    """SOLVER.AMP on a CPU: bfloat16, which needs no loss scaling."""
+
+    def run_step(self):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            super().run_step()
+
+
+class _SeedStep(hooks.HookBase):
+    """Seeds torch by the iteration, so that a resumed training draws the same dropout as one that was not interrupted."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def before_step(self):
+        torch.manual_seed(self.seed + self.trainer.iter)
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's DefaultTrainer for this package's models; for other architectures it is the stock one.
+
+    With SEED >= 0, a run that is resumed from a checkpoint goes on as if it had not been interrupted.
+    """
+
+    def __init__(self, cfg):
+        """
+        Args:
+            cfg: a config with this package's keys.
+        """
+        cpu_autocast = cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type == "cpu"
+        stock = cfg.clone()
+        if cpu_autocast:
+            # Detectron2's AMPTrainer insists on CUDA.
+            stock.defrost()
+            stock.SOLVER.AMP.ENABLED = False
+        super().__init__(stock)
+        self.cfg = cfg
+        if cpu_autocast:
+            self._trainer = _CpuAutocastTrainer(self._trainer.model, self._trainer.data_loader, self._trainer.optimizer)
+
+    def build_hooks(self):
+        seeding = [_SeedStep(self.cfg.SEED)] if self.cfg.SEED >= 0 else []
+        return seeding + super().build_hooks()
+
+    def resume_or_load(self, resume: bool = True):
+        super().resume_or_load(resume)
+        if self.cfg.MODEL.META_ARCHITECTURE == ARCHITECTURE:
+            self._trainer.data_loader.start = self.start_iter
+
+    @classmethod
+    def build_model(cls, cfg) -> nn.Module:
+        # Convolutions run faster in this layout on CPUs and on CUDA; results and checkpoints do not depend on it.
+        return super().build_model(cfg).to(memory_format=torch.channels_last)
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        if cfg.MODEL.META_ARCHITECTURE == ARCHITECTURE:
+            return build_patch_train_loader(cfg)
+        return super().build_train_loader(cfg)
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        if cfg.MODEL.META_ARCHITECTURE == ARCHITECTURE:
+            return ProposalEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
+        return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        """Per-patch evaluation and average recall of proposals, as MODEL.SHARPMASK.TEST asks for.
+
+        Returns:
+            dict of results; with several datasets, one such dict for each name.
+        """
+        if cfg.MODEL.META_ARCHITECTURE != ARCHITECTURE:
+            return super().test(cfg, model, evaluators)
+        test = cfg.MODEL.SHARPMASK.TEST
+        results = {}
+        for name in cfg.DATASETS.TEST:
+            results[name] = {}
+            if test.PATCHES_PER_IMAGE:
+                loader = build_patch_test_loader(cfg, name)
+                results[name].update(inference_on_dataset(model, loader, PatchEvaluator()))
+            if test.FULL_IMAGES:
+                loader = build_detection_test_loader(cfg, name)
+                results[name].update(inference_on_dataset(model, loader, cls.build_evaluator(cfg, name)))
+            if comm.is_main_process():
+                print_csv_format(results[name])
+        return next(iter(results.values())) if len(results) == 1 else results
+
+
+def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD or AdamW with a learning rate of its own for the trunk.
+
+    Args:
+        cfg: reads SOLVER, with SOLVER.OPTIMIZER and SOLVER.TRUNK_MULTIPLIER.
+        model: parameters below a module named `trunk` get the factor.
+
+    Raises:
+        ValueError: an optimizer that is neither.
+    """
+    solver = cfg.SOLVER
+    groups = {}
+    norms = tuple(value for name, value in vars(nn).items() if name.endswith("Norm") or name.startswith("BatchNorm"))
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            lr = solver.BASE_LR * (solver.TRUNK_MULTIPLIER if "trunk" in module_name.split(".") else 1.0)
+            decay = solver.WEIGHT_DECAY_NORM if isinstance(module, norms) else solver.WEIGHT_DECAY
+            if name == "bias":
+                lr *= solver.BIAS_LR_FACTOR
+                # Newer Detectron2 leaves it None, meaning that of the weights.
+                decay = decay if solver.WEIGHT_DECAY_BIAS is None else solver.WEIGHT_DECAY_BIAS
+            groups.setdefault((lr, decay), []).append(parameter)
+    params = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+    if solver.OPTIMIZER == "SGD":
+        sgd = maybe_add_gradient_clipping(cfg, torch.optim.SGD)
+        return sgd(params, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+    if solver.OPTIMIZER == "ADAMW":
+        return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(params, lr=solver.BASE_LR)
+    raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}: choose 'SGD' or 'ADAMW'")

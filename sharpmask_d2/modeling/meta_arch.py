@@ -1,0 +1,131 @@
+"""The stand-alone network: trained on patches, gives proposals at test time.
+
+Shape letters: B patches of all images, P patches of an image, M mask side.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Instances
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from ..data.patch_mapper import PatchMapper
+from .losses import mask_iou, mask_loss, score_loss
+from .proposal_generator import ImagePyramid
+
+
+@META_ARCH_REGISTRY.register()
+class SharpMaskProposalNetwork(nn.Module):
+    """DeepMask or SharpMask alone (MODEL.META_ARCHITECTURE: SharpMaskProposalNetwork)."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        pyramid: ImagePyramid,
+        mapper: PatchMapper,
+        flip_channels: bool,
+        mask_loss_weight: float,
+        score_loss_weight: float,
+    ):
+        """
+        Args:
+            pyramid: holds the network and makes proposals of full images.
+            mapper: cuts patches out of full training images, for loaders that are not ours.
+            flip_channels: the input's channel order is not the network's.
+            mask_loss_weight, score_loss_weight: factors of the two losses.
+        """
+        super().__init__()
+        self.pyramid = pyramid
+        self.mapper = mapper
+        self.flip_channels = flip_channels
+        self.loss_weights = {"loss_mask": mask_loss_weight, "loss_score": score_loss_weight}
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {
+            "pyramid": ImagePyramid(cfg),
+            "mapper": PatchMapper(cfg, category_weights={}),
+            "flip_channels": cfg.INPUT.FORMAT != cfg.MODEL.SHARPMASK.FORMAT,
+            "mask_loss_weight": cfg.MODEL.SHARPMASK.MASK_LOSS_WEIGHT,
+            "score_loss_weight": cfg.MODEL.SHARPMASK.SCORE_LOSS_WEIGHT,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pyramid.network.device
+
+    def forward(self, batched_inputs: list):
+        """
+        Args:
+            batched_inputs: a dict per image, of one kind: with `patches` and targets as `PatchMapper` makes them; or with `image`
+                (3, H, W) in 0..255 and, in training, `instances` with masks, as Detectron2's mapper makes them.
+
+        Returns:
+            in training, a dict of losses. Else a dict per image: for patches, `scores` (P,) and `masks` (P, M, M), logits at the window's
+            size; for images, `proposals`, Instances in the frame of the original image (`height`, `width` of the dict).
+        """
+        if self.training:
+            return self._losses(batched_inputs)
+        if "patches" in batched_inputs[0]:
+            return self._patch_outputs(batched_inputs)
+        return [{"proposals": self._proposals(inputs)} for inputs in batched_inputs]
+
+    def _losses(self, batched_inputs: list) -> dict:
+        if "patches" not in batched_inputs[0]:
+            # Seeded from torch, which Detectron2 seeds.
+            rng = np.random.default_rng(torch.randint(2**62, (1,)).item())
+            batched_inputs = [self.mapper.cut_instances(x["image"], x["instances"], rng) for x in batched_inputs]
+        scores, masks = self._forward_patches(batched_inputs)
+        targets, labels, pays_mask, pays_score = (
+            torch.cat([x[key] for x in batched_inputs]).to(self.device)
+            for key in ("masks", "labels", "pays_mask", "pays_score")
+        )
+        masks = _resize_masks(masks, targets.shape[-1])
+        losses = {"loss_mask": mask_loss(masks, targets, pays_mask)}
+        if not self.pyramid.network.freeze_feedforward:
+            losses["loss_score"] = score_loss(scores, labels, pays_score)
+        self._log(scores, masks, targets, labels, pays_mask, pays_score)
+        return {name: loss * self.loss_weights[name] for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def _log(self, scores, masks, targets, labels, pays_mask, pays_score) -> None:
+        storage = get_event_storage()
+        if pays_mask.any():
+            storage.put_scalar("patch_iou", mask_iou(masks, targets)[pays_mask].mean().item())
+        if pays_score.any():
+            storage.put_scalar("score_accuracy", ((scores > 0) == (labels > 0))[pays_score].float().mean().item())
+
+    def _forward_patches(self, batched_inputs: list) -> tuple:
+        patches = torch.cat([x["patches"] for x in batched_inputs]).to(self.device).float()
+        patches = patches.flip(1) if self.flip_channels else patches
+        return self.pyramid.network(patches.contiguous(memory_format=torch.channels_last))
+
+    def _patch_outputs(self, batched_inputs: list) -> list:
+        scores, masks = self._forward_patches(batched_inputs)
+        masks = _resize_masks(masks, self.pyramid.network.window_size)
+        counts = [len(x["patches"]) for x in batched_inputs]
+        return [{"scores": s, "masks": m} for s, m in zip(scores.split(counts), masks.split(counts))]
+
+    def _proposals(self, inputs: dict) -> Instances:
+        image = inputs["image"].to(self.device)
+        proposals = self.pyramid(image.flip(0) if self.flip_channels else image)
+        height, width = proposals.image_size
+        size = inputs.get("height", height), inputs.get("width", width)
+        if size == (height, width):
+            return proposals
+        masks = proposals.proposal_masks.scale(size[1] / width, size[0] / height, size)
+        resized = Instances(size)
+        resized.proposal_boxes = masks.boxes()
+        resized.objectness_logits = proposals.objectness_logits
+        resized.proposal_masks = masks
+        return resized[resized.proposal_boxes.nonempty()]
+
+
+def _resize_masks(masks: Tensor, size: int) -> Tensor:
+    if masks.shape[-1] == size:
+        return masks
+    return F.interpolate(masks[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0]

@@ -1,0 +1,192 @@
+"""Segment proposals from an image pyramid, as in the papers.
+
+Shape letters: H W image, N proposals, M mask side.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+from torchvision.ops import nms
+
+from ...data.patch_mapper import PADDING_VALUE
+from ...structures import WindowMasks
+from ..sharpmask import SharpMaskNetwork
+from ..windows import cell_windows, grid_shifts, level_padding, pyramid_levels
+
+
+class ImagePyramid(nn.Module):
+    """From one image to its best windows: one pass of the trunk per level, then masks for the chosen windows only.
+
+    The stand-alone network and the proposal generator both hold one of these.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        network: SharpMaskNetwork,
+        exponents: list,
+        grid_stride: int,
+        num_proposals: int,
+        mask_threshold: float,
+        nms_thresh: float,
+        windows_per_batch: int,
+    ):
+        """
+        Args:
+            network: DeepMask or SharpMask.
+            exponents: scales of the pyramid, as exponents of 2.
+            grid_stride: distance of windows in pixels of the level.
+            num_proposals: most proposals of an image.
+            mask_threshold: probability above which a pixel is foreground.
+            nms_thresh: IoU of boxes above which the lower score goes; 1 keeps all.
+            windows_per_batch: windows refined at a time.
+
+        Raises:
+            ValueError: a threshold outside 0..1 or a grid stride that does not divide the network's.
+        """
+        super().__init__()
+        if not 0 < mask_threshold < 1:
+            raise ValueError(f"MODEL.SHARPMASK.TEST.MASK_THRESHOLD is {mask_threshold}: it must lie between 0 and 1")
+        self.network = network
+        self.exponents = list(exponents)
+        self.shifts = grid_shifts(network.stride, grid_stride)
+        self.num_proposals = num_proposals
+        self.mask_threshold = math.log(mask_threshold / (1 - mask_threshold))
+        self.nms_thresh = nms_thresh
+        self.windows_per_batch = windows_per_batch
+
+    @classmethod
+    def from_config(cls, cfg):
+        test = cfg.MODEL.SHARPMASK.TEST
+        return {
+            "network": SharpMaskNetwork(cfg),
+            "exponents": test.SCALES,
+            "grid_stride": cfg.MODEL.SHARPMASK.GRID_STRIDE,
+            "num_proposals": test.NUM_PROPOSALS,
+            "mask_threshold": test.MASK_THRESHOLD,
+            "nms_thresh": test.NMS_THRESH,
+            "windows_per_batch": test.WINDOWS_PER_BATCH,
+        }
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Instances:
+        """
+        Args:
+            image: (3, H, W) in 0..255, in the network's channel order.
+
+        Returns:
+            Instances of at most `num_proposals` proposals, best first, in the frame of the image: proposal_boxes (Boxes, tight),
+            objectness_logits (N,), proposal_masks (WindowMasks). Windows whose mask is empty inside the image are left out.
+
+        Raises:
+            ValueError: the image has no pixels.
+        """
+        image_size = tuple(image.shape[1:])
+        if 0 in image_size:
+            raise ValueError(f"the image has no pixels: its size is {image_size} (height, width)")
+        levels = pyramid_levels(image_size, self.exponents, self.shifts)
+        grids = [self.network.grid(self.level_image(image, level)) for level in levels]
+        sizes = [grid.scores.numel() for grid in grids]
+        scores = torch.cat([grid.scores.flatten() for grid in grids]).float()
+        scores, chosen = scores.topk(min(self.num_proposals, len(scores)))
+        # Windows come level by level; `order` takes them back to the order of their scores.
+        cells, order = chosen.sort()
+        masks, windows = [], []
+        bounds = torch.tensor(sizes).cumsum(0)
+        counts = torch.searchsorted(cells.cpu(), bounds).diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
+        for level, grid, level_cells, first in zip(levels, grids, cells.split(counts), [0, *bounds.tolist()]):
+            if len(level_cells) == 0:
+                continue
+            columns = grid.scores.shape[2]
+            ys, xs = (level_cells - first) // columns, (level_cells - first) % columns
+            masks.append(
+                self.network.masks(grid, torch.zeros_like(ys), ys, xs, windows_per_batch=self.windows_per_batch)
+            )
+            windows.append(cell_windows(level, ys, xs, self.network.window_size, self.network.stride))
+        back = order.argsort()
+        proposal_masks = WindowMasks(
+            torch.cat(masks)[back], torch.cat(windows)[back], image_size, threshold=self.mask_threshold
+        )
+        return self._instances(scores, proposal_masks)
+
+    def level_image(self, image: Tensor, level) -> Tensor:
+        """The image (3, H, W) at a level, with the border its windows need: (1, 3, h, w)."""
+        resized = image[None].float()
+        if level.size != level.image_size:
+            resized = F.interpolate(resized, size=level.size, mode="bilinear", align_corners=False, antialias=True)
+        padding = level_padding(level, self.network.window_size, self.network.size_divisibility)
+        padded = F.pad(resized, padding, value=PADDING_VALUE)
+        return padded.contiguous(memory_format=torch.channels_last)
+
+    def _instances(self, scores: Tensor, masks: WindowMasks) -> Instances:
+        boxes = masks.boxes()
+        keep = boxes.nonempty()
+        if self.nms_thresh < 1:
+            candidates = keep.nonzero()[:, 0]
+            keep = candidates[nms(boxes.tensor[candidates], scores[candidates], self.nms_thresh)]
+        proposals = Instances(masks.image_size)
+        proposals.proposal_boxes = boxes[keep]
+        proposals.objectness_logits = scores[keep]
+        proposals.proposal_masks = masks[keep]
+        return proposals
+
+
+class SharpMaskGenerator(nn.Module):
+    """SharpMask as a proposal generator of a detector: registered as `SharpMask`, with a trunk of its own that is not trained.
+
+    Its proposals also carry `proposal_masks`.
+    """
+
+    @configurable
+    def __init__(self, *, pyramid: ImagePyramid, pixel_mean: list, pixel_std: list, flip_channels: bool):
+        """
+        Args:
+            pyramid: makes the proposals.
+            pixel_mean, pixel_std: with which the detector normalised its images.
+            flip_channels: the detector's channel order is not the network's.
+        """
+        super().__init__()
+        self.pyramid = pyramid.requires_grad_(False)
+        self.flip_channels = flip_channels
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        return {
+            "pyramid": ImagePyramid(cfg),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "flip_channels": cfg.INPUT.FORMAT != cfg.MODEL.SHARPMASK.FORMAT,
+        }
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.pyramid.eval()
+        return self
+
+    def forward(self, images: ImageList, features: dict, gt_instances=None) -> tuple:
+        """
+        Args:
+            images: normalised by the detector.
+            features: of the detector's backbone; not read.
+            gt_instances: not read.
+
+        Returns:
+            list[Instances], one an image, in the frame of the resized image (see `ImagePyramid.forward`); and a dict of losses, empty.
+        """
+        proposals = []
+        for image in images:
+            pixels = image * self.pixel_std + self.pixel_mean
+            proposals.append(self.pyramid(pixels.flip(0) if self.flip_channels else pixels))
+        return proposals, {}
+
+
+# The registry takes a class's own name, and SharpMask is what users write in a config.
+PROPOSAL_GENERATOR_REGISTRY._do_register("SharpMask", SharpMaskGenerator)

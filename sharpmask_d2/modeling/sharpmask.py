@@ -1,0 +1,231 @@
+"""The network: trunk, head and mask branch; windows of a full image and patches take the same path.
+
+Shape letters: B images or patches, H W height and width in pixels, Y X grid of windows, E embedding, N windows, M mask side, P side of a
+patch (window and context).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import Backbone
+from torch import Tensor, nn
+
+from .heads import CoarseMask, WindowHead
+from .refinement import MultiscaleRefinement, SharpMaskRefinement, SkipRefinement
+
+
+class WindowGrid(NamedTuple):
+    """What is computed once per image: score logits (B, Y, X), embeddings (B, E, Y, X), and the trunk's features by name."""
+
+    scores: Tensor
+    embeddings: Tensor
+    features: dict
+
+
+class SharpMaskNetwork(nn.Module):
+    """DeepMask, or SharpMask with a refinement path (SharpMask, sections 3.1 to 3.3)."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        trunk: Backbone,
+        in_feature: str,
+        head: WindowHead,
+        mask_branch: nn.Module,
+        window_size: int,
+        context: int,
+        pixel_mean: list,
+        pixel_std: list,
+        freeze_feedforward: bool = False,
+    ):
+        """
+        Args:
+            trunk: gives `in_feature` and the mask branch's skip features.
+            in_feature: name of the feature that the head reads.
+            head: scores and embeddings.
+            mask_branch: `CoarseMask` or a refinement path.
+            window_size: W in pixels.
+            context: pixels of context around a patch, both sides together.
+            pixel_mean, pixel_std: of the input in 0..255, in the network's channel order.
+            freeze_feedforward: train the refinement path only.
+
+        Raises:
+            ValueError: sizes that do not fit the strides, or nothing to train.
+        """
+        super().__init__()
+        self.trunk, self.head, self.mask_branch = trunk, head, mask_branch
+        self.in_feature = in_feature
+        self.window_size, self.context = window_size, context
+        self.strides = {name: shape.stride for name, shape in trunk.output_shape().items()}
+        self.stride = self.strides[in_feature]
+        check_window_size(window_size, context, self.stride)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        self.freeze_feedforward = freeze_feedforward
+        if freeze_feedforward:
+            if not mask_branch.skip_features:
+                raise ValueError("MODEL.SHARPMASK.FREEZE_FEEDFORWARD is set, but REFINEMENT.NAME is 'none': nothing is left to train")
+            trunk.requires_grad_(False)
+            head.requires_grad_(False)
+
+    @classmethod
+    def from_config(cls, cfg):
+        sharpmask = cfg.MODEL.SHARPMASK
+        trunk = BACKBONE_REGISTRY.get(sharpmask.TRUNK.NAME)(cfg, ShapeSpec(channels=3))
+        shapes = trunk.output_shape()
+        stride = shapes[sharpmask.IN_FEATURE].stride
+        check_window_size(sharpmask.WINDOW_SIZE, sharpmask.CONTEXT, stride)
+        head = WindowHead(
+            variant=sharpmask.HEAD,
+            in_channels=shapes[sharpmask.IN_FEATURE].channels,
+            window_cells=sharpmask.WINDOW_SIZE // stride,
+            reduced_channels=sharpmask.REDUCED_CHANNELS,
+            embed_dim=sharpmask.EMBED_DIM,
+            score_dim=sharpmask.SCORE_DIM,
+        )
+        return {
+            "trunk": trunk,
+            "in_feature": sharpmask.IN_FEATURE,
+            "head": head,
+            "mask_branch": _build_mask_branch(sharpmask, shapes),
+            "window_size": sharpmask.WINDOW_SIZE,
+            "context": sharpmask.CONTEXT,
+            "pixel_mean": sharpmask.PIXEL_MEAN,
+            "pixel_std": sharpmask.PIXEL_STD,
+            "freeze_feedforward": sharpmask.FREEZE_FEEDFORWARD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    @property
+    def size_divisibility(self) -> int:
+        """What the sides of a full image have to be multiples of; 1 if anything goes."""
+        return max(1, self.trunk.size_divisibility)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.freeze_feedforward:
+            # Frozen also means no dropout and no new running statistics.
+            self.trunk.eval()
+            self.head.eval()
+        return self
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in 0..255, in the network's channel order, to the trunk's input."""
+        return (images - self.pixel_mean) / self.pixel_std
+
+    def forward(self, patches: Tensor) -> tuple:
+        """Scores and masks of patches.
+
+        Args:
+            patches: (B, 3, P, P) in 0..255, each a window with its context around it.
+
+        Returns:
+            score logits (B,) and mask logits (B, M, M).
+
+        Raises:
+            ValueError: patches of another size.
+        """
+        side = self.window_size + self.context
+        if patches.shape[-2:] != (side, side):
+            raise ValueError(f"patches are {tuple(patches.shape[-2:])} pixels, but window and context make {side} x {side}")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_feedforward):
+            features = {name: self._crop_context(x, name) for name, x in self.trunk(self.normalize(patches)).items()}
+            scores, embeddings = self.head(features[self.in_feature])
+        # A patch is its own grid of one window, whose skip maps need no cutting.
+        masks = self.mask_branch(embeddings.flatten(1), self.mask_branch.horizontal(features))
+        return scores.flatten(), masks
+
+    def _crop_context(self, x: Tensor, name: str) -> Tensor:
+        crop = self.context // 2 // self.strides[name]
+        return x[:, :, crop : x.shape[2] - crop, crop : x.shape[3] - crop]
+
+    def grid(self, images: Tensor) -> WindowGrid:
+        """Everything of a full image that its windows share, but for the skip path.
+
+        Args:
+            images: (B, 3, H, W) in 0..255 with borders of half a window (see `windows.level_padding`), sides multiples of
+                `size_divisibility`.
+
+        Returns:
+            WindowGrid, in which cell (y, x) is the window at pixels [stride y, stride y + W) x [stride x, stride x + W) of `images`.
+        """
+        features = self.trunk(self.normalize(images))
+        scores, embeddings = self.head(features[self.in_feature])
+        return WindowGrid(scores, embeddings, features)
+
+    def masks(self, grid: WindowGrid, images: Tensor, ys: Tensor, xs: Tensor, *, windows_per_batch: int) -> Tensor:
+        """Masks of chosen windows.
+
+        Args:
+            grid: from `grid`.
+            images, ys, xs: (N,) image, row and column of each window.
+            windows_per_batch: how many windows are refined at a time.
+
+        Returns:
+            (N, M, M) mask logits.
+        """
+        cuts = [
+            _window_view(skip, self.window_size // self.strides[name], self.stride // self.strides[name], grid.scores.shape[1:])
+            for name, skip in zip(self.mask_branch.skip_features, self.mask_branch.horizontal(grid.features))
+        ]
+        masks = []
+        for chosen in zip(*(index.split(windows_per_batch) for index in (images, ys, xs))):
+            image, y, x = chosen
+            # Indices around a slice put the window first: N x C x m x m.
+            masks.append(self.mask_branch(grid.embeddings[image, :, y, x], [cut[image, :, y, x] for cut in cuts]))
+        if not masks:
+            return grid.scores.new_zeros((0, self.mask_branch.mask_size, self.mask_branch.mask_size))
+        return torch.cat(masks)
+
+
+def _window_view(x: Tensor, size: int, step: int, grid_size: tuple) -> Tensor:
+    """(B, C, h, w) -> a view (B, C, Y, X, size, size): the part of the map under every window."""
+    short = [max(0, step * (cells - 1) + size - side) for cells, side in zip(grid_size, x.shape[2:])]
+    if any(short):
+        # The coarse grid covers up to a stride more than the image has; that part is border.
+        x = F.pad(x, (0, short[1], 0, short[0]), mode="replicate")
+    return x.unfold(2, size, step).unfold(3, size, step)
+
+
+def check_window_size(window_size: int, context: int, stride: int) -> None:
+    """Raises ValueError unless windows and context are made of whole cells of the grid."""
+    if window_size % stride:
+        raise ValueError(f"MODEL.SHARPMASK.WINDOW_SIZE is {window_size}: it must be a multiple of the stride of IN_FEATURE, {stride}")
+    if context % (2 * stride):
+        raise ValueError(f"MODEL.SHARPMASK.CONTEXT is {context}: it must be a multiple of twice the stride of IN_FEATURE, {2 * stride}")
+
+
+def _build_mask_branch(sharpmask, shapes: dict) -> nn.Module:
+    refinement = sharpmask.REFINEMENT
+    if refinement.NAME == "none":
+        return CoarseMask(embed_dim=sharpmask.EMBED_DIM, mask_size=sharpmask.COARSE_MASK_SIZE)
+    common = {
+        "features": {name: shapes[name] for name in refinement.SKIP_FEATURES},
+        "embed_dim": sharpmask.EMBED_DIM,
+        "window_size": sharpmask.WINDOW_SIZE,
+    }
+    if refinement.NAME == "skip":
+        return SkipRefinement(**common)
+    if refinement.NAME == "multiscale":
+        return MultiscaleRefinement(**common)
+    if refinement.NAME == "sharpmask":
+        return SharpMaskRefinement(
+            **common,
+            channels=refinement.CHANNELS,
+            schedule=refinement.SCHEDULE,
+            form=refinement.FORM,
+            vertical_convs=refinement.VERTICAL_CONVS,
+            horizontal_convs=refinement.HORIZONTAL_CONVS,
+            upsampling=refinement.UPSAMPLING,
+        )
+    raise ValueError(
+        f"MODEL.SHARPMASK.REFINEMENT.NAME is {refinement.NAME!r}: choose 'none', 'sharpmask', 'skip' or 'multiscale'"
+    )

@@ -1,0 +1,156 @@
+"""Where windows lie: the only place that maps cells and scales to image coordinates and back.
+
+Frames: an image is resized to each level of the pyramid; cell (row y, column x) of a level's grid looks at the window of W x W pixels of
+that level centred at (S x, S y) plus the level's shift. Coordinates are continuous: pixel (row r, column c) covers [c, c + 1) x [r, r + 1).
+
+Shape letters: N windows, G objects, W window side in pixels of the level, S stride of the grid.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Level(NamedTuple):
+    """A level of the pyramid: sizes (height, width) of the image and of the resized image, and the grid's shift (y, x) in pixels."""
+
+    image_size: tuple
+    size: tuple
+    shift: tuple = (0, 0)
+
+
+def canonical_size(window_size: int) -> int:
+    """Larger side in pixels of an object that fits its window canonically: 128 of 224 (DeepMask, section 3.2), rounded up as released."""
+    return math.ceil(window_size * 128 / 224)
+
+
+def pyramid_levels(image_size: tuple, exponents: list, shifts: list) -> list:
+    """The levels for an image.
+
+    Args:
+        image_size: (height, width) in pixels.
+        exponents: scales as exponents of 2.
+        shifts: (y, x) shifts of the grid in pixels of the level, each of which makes a level of its own.
+
+    Returns:
+        list[Level]: scale by scale in the order given; sizes are rounded half up and at least one pixel.
+    """
+    height, width = image_size
+    levels = []
+    for exponent in exponents:
+        size = tuple(max(1, math.floor(side * 2.0**exponent + 0.5)) for side in (height, width))
+        levels += [Level((height, width), size, tuple(shift)) for shift in shifts]
+    return levels
+
+
+def grid_shifts(stride: int, grid_stride: int) -> list:
+    """Shifts (y, x) of the input that turn a grid of `stride` into one of `grid_stride` pixels by interleaving.
+
+    Raises:
+        ValueError: `grid_stride` does not divide `stride`.
+    """
+    if grid_stride < 1 or stride % grid_stride:
+        raise ValueError(f"MODEL.SHARPMASK.GRID_STRIDE is {grid_stride}: it must divide the stride of IN_FEATURE, {stride}")
+    steps = range(0, stride, grid_stride)
+    return [(y, x) for y in steps for x in steps]
+
+
+def level_padding(level: Level, window_size: int, divisor: int) -> tuple:
+    """Border around a level's image, (left, right, top, bottom) in pixels, so that windows may be centred on its edge.
+
+    Half a window on every side, moved by the level's shift; right and bottom grow until the sides are multiples of `divisor`.
+    """
+    half = window_size // 2
+    borders = []
+    for side, shift in zip(level.size[::-1], level.shift[::-1]):
+        before, after = half - shift, half + shift
+        borders += [before, after + -(before + side + after) % divisor]
+    return tuple(borders)
+
+
+def cell_windows(level: Level, ys: Tensor, xs: Tensor, window_size: int, stride: int) -> Tensor:
+    """Windows of cells in the image.
+
+    Args:
+        ys, xs: (N,) rows and columns of cells.
+
+    Returns:
+        (N, 4) float32 XYXY in the frame of the image, in pixels; they may lie partly outside.
+    """
+    half = window_size / 2
+    centres = torch.stack([xs, ys], dim=1).float() * stride + ys.new_tensor(level.shift[::-1]).float()
+    scale = centres.new_tensor([i / s for i, s in zip(level.image_size[::-1], level.size[::-1])])
+    return torch.cat([(centres - half) * scale, (centres + half) * scale], dim=1)
+
+
+def object_windows(boxes: Tensor, window_size: int) -> Tensor:
+    """Canonical windows of objects: centred on the box, its larger side canonical.
+
+    Args:
+        boxes: (G, 4) XYXY in the image, in pixels.
+
+    Returns:
+        (G, 4) XYXY squares in the same frame.
+    """
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    half = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True) * (window_size / canonical_size(window_size) / 2)
+    return torch.cat([centres - half, centres + half], dim=1)
+
+
+def window_offsets(windows: Tensor, boxes: Tensor, window_size: int) -> tuple:
+    """How far windows are from the canonical windows of objects.
+
+    Args:
+        windows: (N, 4) XYXY squares in the image.
+        boxes: (G, 4) XYXY of the objects in the same frame.
+
+    Returns:
+        shift (N, G): the larger of the two distances between the centres, in pixels of the patch that the window is resized to;
+        octaves (N, G): log2 of the window's side over the canonical one, absolute.
+    """
+    canonical = object_windows(boxes, window_size)
+    sides = windows[:, 2] - windows[:, 0]  # N
+    canonical_sides = canonical[:, 2] - canonical[:, 0]  # G
+    centres = (windows[:, :2] + windows[:, 2:]) / 2
+    canonical_centres = (canonical[:, :2] + canonical[:, 2:]) / 2
+    distance = (centres[:, None] - canonical_centres[None]).abs().amax(dim=2)  # N x G
+    shift = distance * (window_size / sides[:, None])
+    octaves = (sides[:, None] / canonical_sides[None]).log2().abs()
+    return shift, octaves
+
+
+def label_windows(
+    windows: Tensor,
+    boxes: Tensor,
+    window_size: int,
+    *,
+    positive_shift: float,
+    positive_octaves: float,
+    negative_shift: float,
+    negative_octaves: float,
+) -> tuple:
+    """Label windows by the objects they hold (DeepMask, section 3.2).
+
+    A window is positive if it is within `positive_shift` pixels of the patch and `positive_octaves` of an object's canonical window,
+    and negative if it is at least `negative_shift` pixels or `negative_octaves` away from all of them.
+
+    Args:
+        windows: (N, 4) XYXY squares in the image.
+        boxes: (G, 4) XYXY of the objects in the same frame; G may be 0.
+
+    Returns:
+        labels (N,) int64: 1 positive, 0 negative, -1 neither;
+        objects (N,) int64: the object of a positive window, the nearest if there are several; -1 for the others.
+    """
+    if len(boxes) == 0:
+        return windows.new_zeros(len(windows), dtype=torch.long), windows.new_full((len(windows),), -1, dtype=torch.long)
+    shift, octaves = window_offsets(windows, boxes, window_size)
+    inside = (shift <= positive_shift) & (octaves <= positive_octaves)
+    distance = torch.maximum(shift / positive_shift, octaves / positive_octaves).masked_fill(~inside, math.inf)
+    nearest, objects = distance.min(dim=1)
+    positive = nearest < math.inf
+    negative = ((shift >= negative_shift) | (octaves >= negative_octaves)).all(dim=1)
+    labels = torch.where(positive, 1, torch.where(negative, 0, -1))
+    return labels, torch.where(positive, objects, -1)

@@ -1,0 +1,145 @@
+"""Runs of foreground pixels to the compressed run-length strings of pycocotools, vectorised over all masks.
+
+Shape letters:
+    N: masks                R: runs of all masks together
+    H, W: image height and width
+    C: counts of all masks together (alternating lengths of background and foreground)
+Positions are column-major, as in COCO: pixel (row y, column x) has position x * H + y.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Runs", "boxes_and_areas", "encode_runs", "fill_runs"]
+
+
+class Runs(NamedTuple):
+    """Foreground of N masks as half-open runs of positions, each run within one image column.
+
+    Attributes:
+        starts: (R,) long, ordered by mask, then by position.
+        ends: (R,) long, position after the run's last pixel; runs of one mask touch but never overlap.
+        per_mask: (N,) long, number of runs of each mask, summing to R.
+    """
+
+    starts: torch.Tensor
+    ends: torch.Tensor
+    per_mask: torch.Tensor
+
+    def owners(self) -> torch.Tensor:
+        """(R,) long, the mask each run belongs to."""
+        masks = torch.arange(len(self.per_mask), device=self.starts.device)
+        return torch.repeat_interleave(masks, self.per_mask, output_size=len(self.starts))
+
+
+def boxes_and_areas(runs: Runs, height: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tight boxes and pixel counts.
+
+    Returns:
+        boxes (N, 4) float32 XYXY, last pixel + 1, all zeros for an empty mask; areas (N,) long.
+    """
+    owners = runs.owners()
+    column = torch.div(runs.starts, height, rounding_mode="floor")
+    sides = torch.stack([column, runs.starts - column * height, -1 - column, column * height - runs.ends])  # (4, R)
+    least = sides.new_zeros(4, len(runs.per_mask))
+    least = least.scatter_reduce(1, owners.expand(4, -1), sides, "amin", include_self=False)
+    boxes = torch.stack([least[0], least[1], -least[2], -least[3]], dim=1).float()
+    areas = torch.zeros_like(runs.per_mask).index_add_(0, owners, runs.ends - runs.starts)
+    return boxes, areas
+
+
+def fill_runs(runs: Runs, image_size: tuple[int, int]) -> torch.Tensor:
+    """Bitmaps, (N, H, W) bool."""
+    height, width = image_size
+    num_masks, length = len(runs.per_mask), height * width
+    steps = torch.zeros(num_masks * (length + 1), dtype=torch.int8, device=runs.starts.device)
+    base = runs.owners() * (length + 1)
+    one = torch.ones_like(base, dtype=torch.int8)
+    steps.index_add_(0, base + runs.starts, one).index_add_(0, base + runs.ends, -one)  # touching runs cancel
+    inside = steps.view(num_masks, length + 1).cumsum(1, dtype=torch.int8)[:, :length]
+    return inside.reshape(num_masks, width, height).transpose(1, 2).bool().contiguous()
+
+
+def encode_runs(runs: Runs, image_size: tuple[int, int]) -> list[dict]:
+    """pycocotools' compressed format, byte for byte what its encode() makes of the bitmaps.
+
+    Returns:
+        N dicts {"size": [H, W], "counts": bytes}.
+    """
+    height, width = image_size
+    counts, per_mask = _counts(_join(runs), height * width)
+    text, stops = _compress(counts, per_mask)
+    stops = [0] + stops.tolist()
+    return [{"size": [height, width], "counts": text[a:b]} for a, b in zip(stops[:-1], stops[1:])]
+
+
+def _join(runs: Runs) -> Runs:
+    """Runs that touch (bottom of a column and top of the next, or a gap without a pixel) become one."""
+    owners = runs.owners()
+    broken = torch.ones(len(owners) + 1, dtype=torch.bool, device=owners.device)  # is there a break before run r?
+    broken[1:-1] = (runs.ends[:-1] != runs.starts[1:]) | (owners[:-1] != owners[1:])
+    first, last = broken[:-1], broken[1:]
+    per_mask = torch.bincount(owners[first], minlength=len(runs.per_mask))
+    return Runs(runs.starts[first], runs.ends[last], per_mask)
+
+
+def _counts(runs: Runs, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Joined runs to counts.
+
+    Returns:
+        counts (C,) int32 or long, per_mask (N,) long number of counts of each mask.
+    """
+    stops = runs.per_mask.cumsum(0)
+    # A mask that reaches the last pixel has no count of background after it, even of zero.
+    full = torch.zeros_like(runs.per_mask, dtype=torch.bool)
+    some = runs.per_mask > 0
+    full[some] = runs.ends[stops[some] - 1] == length
+    per_mask = 2 * runs.per_mask + (~full).long()
+    last = per_mask.cumsum(0) - 1  # (N,) index of each mask's last count
+    owners = runs.owners()
+    # Runs before it come with two edges each, masks before it with a tail edge each unless full.
+    index = 2 * torch.arange(len(owners), device=owners.device) + ((~full).cumsum(0) - (~full).long())[owners]
+    dtype = torch.int32 if length < 2**31 else torch.int64
+    edges = torch.empty(
+        int(last[-1]) + 1 if len(last) else 0, dtype=dtype, device=owners.device
+    )  # where colours change
+    edges[last] = length  # a full mask ends there as well
+    edges[index] = runs.starts.to(dtype)
+    edges[index + 1] = runs.ends.to(dtype)
+    counts = edges.clone()
+    counts[1:] -= edges[:-1]
+    begin = last + 1 - per_mask
+    counts[begin] = edges[begin]  # the first count of a mask starts from position 0
+    return counts, per_mask
+
+
+def _compress(counts: torch.Tensor, per_mask: torch.Tensor) -> tuple[bytes, torch.Tensor]:
+    """Counts to COCO's strings: differences to the count two before, in groups of five bits, lowest first.
+
+    Returns:
+        the strings of all masks joined, and (N,) long on the CPU: where in it each mask's string stops.
+    """
+    stops = per_mask.cumsum(0)
+    begins = stops - per_mask
+    delta = counts.clone()
+    delta[2:] -= counts[:-2]
+    for i in range(3):  # the first three counts of a mask are written as they are
+        begin = begins[per_mask > i] + i
+        delta[begin] = counts[begin]
+    # n groups hold the numbers from -2^(5n-1) to 2^(5n-1) - 1: the top bit of the last group is the sign.
+    size = torch.where(delta < 0, ~delta, delta)
+    groups = torch.ones_like(per_mask).new_ones(len(delta))
+    greatest = int(size.max()) if len(size) else 0
+    bits = 4
+    while greatest >> bits:
+        groups += size >= 2**bits
+        bits += 5
+    text_stops = groups.cumsum(0)
+    text = torch.empty(int(text_stops[-1]) if len(delta) else 0, dtype=torch.uint8, device=counts.device)
+    place = text_stops - groups
+    while len(delta):
+        more = groups > 1
+        text[place] = ((delta & 31) + 32 * more + 48).to(torch.uint8)
+        delta, place, groups = delta[more] >> 5, place[more] + 1, groups[more] - 1
+    return text.cpu().numpy().tobytes(), text_stops[stops - 1].cpu()

@@ -1,0 +1,124 @@
+"""The scripts evaluate_proposals.py and selective_search.py, run as a user runs them (in this process)."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json, write_json
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+
+
+def run_tool(monkeypatch, name, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(TOOLS / name), run_name="__main__")
+
+
+@pytest.fixture
+def annotations(tmp_path):
+    """One image of 100 x 120 with one object of 40 x 50, and one without objects."""
+    content = {
+        "images": [{"id": i, "height": 100, "width": 120, "file_name": f"{i}.png"} for i in (3, 4)],
+        "annotations": [
+            {
+                "id": 1,
+                "image_id": 3,
+                "category_id": 1,
+                "iscrowd": 0,
+                "bbox": [10, 20, 50, 40],
+                "area": 2000,
+                "segmentation": [[10, 20, 60, 20, 60, 60, 10, 60]],
+            }
+        ],
+        "categories": [{"id": 1, "name": "object"}],
+    }
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_evaluate_proposals_prints_and_writes(annotations, tmp_path, monkeypatch, capsys):
+    proposals, output = tmp_path / "proposals.json", tmp_path / "metrics.json"
+    proposals.write_text(json.dumps([{"image_id": 3, "category_id": 1, "bbox": [10, 20, 50, 31], "score": 0.5}]))
+    run_tool(
+        monkeypatch, "evaluate_proposals.py", "--annotations", annotations, "--proposals", proposals, "--output", output
+    )
+    written = json.loads(output.read_text())
+    expected = evaluate_proposal_json(annotations, proposals)
+    # IoU 0.775: six of the ten thresholds.
+    assert written["bbox"]["AR@10"] == pytest.approx(60)
+    assert written["bbox"]["AR@10-small"] is None
+    assert {k for k, v in written["bbox"].items() if v is None} == {
+        k for k, v in expected["bbox"].items() if np.isnan(v)
+    }
+    printed = capsys.readouterr().out
+    assert "AR@1000" in printed
+    assert "60.00" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["annotations.json", "metrics.json", "proposals.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[{", "proposals.json is not JSON"),
+        ('[{"image_id": 9, "score": 1, "bbox": [0, 0, 1, 1]}]', "image 9 of result 0 is not in the annotations"),
+        (None, "proposals.json"),
+    ],
+)
+def test_evaluate_proposals_ends_with_a_message(annotations, tmp_path, monkeypatch, capsys, content, message):
+    proposals = tmp_path / "proposals.json"
+    if content is not None:
+        proposals.write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        run_tool(monkeypatch, "evaluate_proposals.py", "--annotations", annotations, "--proposals", proposals)
+    assert ended.value.code == 1
+    assert message in capsys.readouterr().err
+
+
+def test_write_json_leaves_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "metrics.json"
+    write_json({"a": [float("nan"), 1.5]}, path)
+    assert json.loads(path.read_text()) == {"a": [None, 1.5]}
+    with pytest.raises(TypeError):
+        write_json({"a": object()}, path)
+    assert json.loads(path.read_text()) == {"a": [None, 1.5]}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def selective_search_arguments(annotations, tmp_path):
+    return ["--annotations", annotations, "--image-root", tmp_path, "--output", tmp_path / "boxes.json"]
+
+
+def test_selective_search_finds_the_object(annotations, tmp_path, monkeypatch):
+    cv2 = pytest.importorskip("cv2")
+    if not hasattr(cv2, "ximgproc"):
+        pytest.skip("this OpenCV has no ximgproc")
+    image = np.random.default_rng(0).integers(0, 20, size=(100, 120, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "4.png"), image)
+    image[20:60, 10:60] += 200
+    cv2.imwrite(str(tmp_path / "3.png"), image)
+    run_tool(
+        monkeypatch, "selective_search.py", *selective_search_arguments(annotations, tmp_path), "--num-proposals", 20
+    )
+    results = json.loads((tmp_path / "boxes.json").read_text())
+    of_image = [r for r in results if r["image_id"] == 3]
+    assert 0 < len(of_image) <= 20
+    scores = [r["score"] for r in of_image]
+    assert scores == sorted(scores, reverse=True)
+    assert len(set(scores)) == len(scores)
+    assert scores[-1] > 0
+    assert set(results[0]) == {"image_id", "category_id", "bbox", "score"}
+    assert evaluate_proposal_json(annotations, results)["bbox"]["Recall@1000-IoU90"] == 100
+
+
+def test_selective_search_names_the_missing_package(annotations, tmp_path, monkeypatch, capsys):
+    cv2 = pytest.importorskip("cv2")
+    monkeypatch.delattr(cv2, "ximgproc", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        run_tool(monkeypatch, "selective_search.py", *selective_search_arguments(annotations, tmp_path))
+    assert ended.value.code == 1
+    assert "opencv-contrib-python-headless" in capsys.readouterr().err

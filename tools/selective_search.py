@@ -1,0 +1,85 @@
+#!/usr/bin/env python
+"""Selective Search boxes of every image of a data set, as COCO result JSON: a baseline for box recall.
+
+Source: Uijlings et al., "Selective Search for Object Recognition", IJCV 2013; `cv2.ximgproc.segmentation` of
+opencv-contrib.
+"""
+
+import argparse
+import json
+import os
+import time
+
+import cv2
+
+from sharpmask_d2.evaluation.proposal_evaluation import write_json
+
+
+def selective_search(image, mode: str):
+    """Boxes of one image, best first.
+
+    Args:
+        image: H x W x 3 uint8, BGR; used at its own size.
+        mode: "fast" (one colour space, two similarity measures) or "quality" (more of both: slower, more boxes).
+
+    Returns:
+        D x 4 int32 boxes, XYWH in pixels, without repeats.
+    """
+    search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+    search.setBaseImage(image)
+    if mode == "fast":
+        search.switchToSelectiveSearchFast()
+    else:
+        search.switchToSelectiveSearchQuality()
+    return search.process()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--annotations", required=True, help="COCO annotation file; only its list of images is used")
+    parser.add_argument("--image-root", required=True, help="folder of the images")
+    parser.add_argument("--output", required=True, help="the COCO result JSON to write")
+    parser.add_argument("--mode", choices=("fast", "quality"), default="fast")
+    parser.add_argument("--num-proposals", type=int, default=1000, help="at most this many boxes an image")
+    parser.add_argument("--num-threads", type=int, default=1, help="threads of OpenCV")
+    args = parser.parse_args()
+    if args.num_proposals < 1:
+        parser.error("--num-proposals must be at least 1")
+    if not hasattr(cv2, "ximgproc"):
+        parser.exit(
+            1,
+            "This OpenCV has no cv2.ximgproc: install opencv-contrib-python-headless in place of it\n",
+        )
+    cv2.setNumThreads(args.num_threads)
+
+    try:
+        with open(args.annotations) as file:
+            images = json.load(file)["images"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        parser.exit(1, f"{args.annotations} is not a COCO annotation file: {error!r}\n")
+    results = []
+    seconds = 0.0
+    for done, record in enumerate(images, start=1):
+        path = os.path.join(args.image_root, record["file_name"])
+        image = cv2.imread(path)
+        if image is None:
+            parser.exit(1, f"Cannot read the image {path} (image id {record['id']})\n")
+        started = time.perf_counter()
+        boxes = selective_search(image, args.mode)[: args.num_proposals]
+        seconds += time.perf_counter() - started
+        results.extend(
+            {
+                "image_id": record["id"],
+                "category_id": 1,
+                "bbox": box.tolist(),
+                # Selective Search gives an order only; the first box scores 1, the last possible one just above 0.
+                "score": 1.0 - rank / args.num_proposals,
+            }
+            for rank, box in enumerate(boxes)
+        )
+        print(f"{done}/{len(images)} images, {seconds / done:.2f} s an image, {len(boxes)} boxes", flush=True)
+    write_json(results, args.output)
+
+
+if __name__ == "__main__":
+    main()

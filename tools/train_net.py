@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""Train or evaluate DeepMask, SharpMask, and detectors on their proposals, in Detectron2's manner.
+
+    tools/train_net.py --config-file configs/deepmask_lite0.yaml --dataset my_train train.json images \
+        DATASETS.TRAIN "('my_train',)"
+"""
+
+import argparse
+
+import sharpmask_d2
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.engine import default_argument_parser, default_setup, launch
+from sharpmask_d2.data import register_datasets
+from sharpmask_d2.engine import Trainer
+
+
+def parse_args() -> argparse.Namespace:
+    parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument(
+        "--dataset",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "JSON", "IMAGE_ROOT"),
+        help="register a dataset in COCO format; repeatable",
+    )
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace):
+    register_datasets(args.dataset)
+    cfg = get_cfg()
+    sharpmask_d2.add_sharpmask_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.freeze()
+    default_setup(cfg, args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        return Trainer.test(cfg, model)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
