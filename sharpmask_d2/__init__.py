@@ -1,7 +1,9 @@
 """SharpMask and DeepMask segment proposals for Detectron2: importing the package registers everything."""
 
-from . import compat  # noqa: F401  (first: it makes Detectron2 0.6 importable beside current libraries)
-from . import modeling  # noqa: F401
+from . import (
+    compat,  # noqa: F401  (first: it makes Detectron2 0.6 importable beside current libraries)
+    modeling,  # noqa: F401
+)
 from .config import add_sharpmask_config
 
 __version__ = "0.1.0"

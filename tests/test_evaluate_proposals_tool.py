@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json, write_json
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"

@@ -7,12 +7,11 @@ import logging
 
 import numpy as np
 import pytest
+import sharpmask_d2  # noqa: F401  (before Detectron2)
 import torch
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-
-import sharpmask_d2  # noqa: F401  (before Detectron2)
 
 from detectron2.data import MetadataCatalog  # isort: skip
 from detectron2.structures import Boxes, Instances  # isort: skip

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances
-
 from sharpmask_d2.structures import WindowMasks, window_masks
 from sharpmask_d2.structures.rle import Runs, encode_runs, fill_runs
 

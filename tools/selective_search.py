@@ -11,7 +11,6 @@ import os
 import time
 
 import cv2
-
 from sharpmask_d2.evaluation.proposal_evaluation import write_json
 
 

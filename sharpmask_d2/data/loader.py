@@ -101,7 +101,9 @@ def _train_arguments(cfg):
 
 
 @configurable(from_config=_train_arguments)
-def build_patch_train_loader(*, dataset: list, mapper: PatchMapper, total_batch_size: int, num_workers: int = 0, seed: int = -1):
+def build_patch_train_loader(
+    *, dataset: list, mapper: PatchMapper, total_batch_size: int, num_workers: int = 0, seed: int = -1
+):
     """A training loader of patches, in the manner of `build_detection_train_loader`.
 
     Args:

@@ -179,7 +179,9 @@ class PatchMapper:
             ValueError: the instances have no masks.
         """
         if not instances.has("gt_masks"):
-            raise ValueError("training images come without masks: set MODEL.MASK_ON True, so that Detectron2's mapper loads them")
+            raise ValueError(
+                "training images come without masks: set MODEL.MASK_ON True, so that Detectron2's mapper loads them"
+            )
         boxes = instances.gt_boxes.tensor.cpu().numpy()
         masks = instances.gt_masks
         segmentations = masks.polygons if hasattr(masks, "polygons") else list(masks.tensor.cpu().numpy())
@@ -201,4 +203,6 @@ def _jitter_colors(image: np.ndarray, strength: float, rng) -> np.ndarray:
     grey = cv2.merge([grey.astype(np.uint8)] * 3)
     # Saturation mixes with grey; contrast and brightness are one affine map of what comes out.
     factor = contrast * brightness
-    return cv2.addWeighted(image, saturation * factor, grey, (1 - saturation) * factor, brightness * mean * (1 - contrast))
+    return cv2.addWeighted(
+        image, saturation * factor, grey, (1 - saturation) * factor, brightness * mean * (1 - contrast)
+    )

@@ -75,7 +75,11 @@ class WindowSampler:
         still = 0
         if not self.shared_positives and weights.any():
             still = _round_randomly((count - masks) / 2, rng)
-        chosen = rng.choice(len(weights), size=masks + still, p=weights / weights.sum()) if masks + still else np.zeros(0, int)
+        chosen = (
+            rng.choice(len(weights), size=masks + still, p=weights / weights.sum())
+            if masks + still
+            else np.zeros(0, int)
+        )
         windows = np.concatenate(
             [
                 self._jittered(objects.boxes[chosen[:masks]], rng),
@@ -149,5 +153,3 @@ def _centres_and_sides(windows: np.ndarray) -> tuple:
 
 def _squares(centres: np.ndarray, sides: np.ndarray) -> np.ndarray:
     return np.concatenate([centres - sides / 2, centres + sides / 2], axis=1)
-
-

@@ -27,7 +27,14 @@ class WindowHead(nn.Module):
     """
 
     def __init__(
-        self, *, variant: str, in_channels: int, window_cells: int, reduced_channels: int, embed_dim: int, score_dim: int
+        self,
+        *,
+        variant: str,
+        in_channels: int,
+        window_cells: int,
+        reduced_channels: int,
+        embed_dim: int,
+        score_dim: int,
     ):
         """
         Args:
@@ -45,7 +52,9 @@ class WindowHead(nn.Module):
         if variant not in HEADS:
             raise ValueError(f"MODEL.SHARPMASK.HEAD is {variant!r}: choose from {HEADS}")
         if variant != "C" and window_cells % 2:
-            raise ValueError(f"head {variant} pools 2x2: a window of {window_cells} cells is odd, choose another WINDOW_SIZE")
+            raise ValueError(
+                f"head {variant} pools 2x2: a window of {window_cells} cells is odd, choose another WINDOW_SIZE"
+            )
         self.variant = variant
         self.reduce = nn.Conv2d(in_channels, reduced_channels, 1)
         self.embed = nn.Conv2d(reduced_channels, embed_dim, window_cells)

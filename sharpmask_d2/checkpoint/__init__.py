@@ -1,0 +1,3 @@
+from .strict import StrictCheckpointer
+
+__all__ = ["StrictCheckpointer"]

@@ -1,0 +1,48 @@
+"""Loading a checkpoint that has to be complete."""
+
+from detectron2.checkpoint import DetectionCheckpointer
+
+
+class StrictCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, for models that are run and not trained on: what the file lacks is an error, not a warning.
+
+    Parameters that only the file has are left out, since one file may serve DeepMask and SharpMask.
+    """
+
+    def load(self, path: str, checkpointables=None) -> dict:
+        """
+        Args:
+            path: anything that MODEL.WEIGHTS may be.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a checkpoint, or one of another model; the message names the file and the parameters.
+        """
+        try:
+            return super().load(path, checkpointables)
+        except AssertionError as error:
+            raise FileNotFoundError(f"MODEL.WEIGHTS: there is no checkpoint {path}") from error
+        except _WrongModelError as error:
+            raise ValueError(
+                f"{path} does not fit this model: {error}; is it the checkpoint of another config?"
+            ) from None
+
+    def _load_file(self, filename: str):
+        loaded = super()._load_file(filename)
+        if not isinstance(loaded, dict) or "model" not in loaded:
+            raise ValueError(f"{filename} is not a checkpoint of Detectron2: it has no entry 'model'")
+        return loaded
+
+    def _load_model(self, checkpoint):
+        incompatible = super()._load_model(checkpoint)
+        missing = [key for key in incompatible.missing_keys if not key.endswith("num_batches_tracked")]
+        wrong = [key for key, *_ in incompatible.incorrect_shapes]
+        if missing or wrong:
+            names = sorted({*missing, *wrong})
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            raise _WrongModelError(f"it lacks, or has in another shape, {', '.join(names[:4])}{more}")
+        return incompatible
+
+
+class _WrongModelError(Exception):
+    pass

@@ -1,0 +1,42 @@
+"""Models that come with the package."""
+
+from pathlib import Path
+
+from detectron2.config import CfgNode, get_cfg
+
+from ..config import add_sharpmask_config
+
+# One file holds both: SharpMask is the same network with another mask branch.
+_WEIGHTS = {"deepmask_lite0": "lite0.pth", "sharpmask_lite0": "lite0.pth"}
+
+DEFAULT = "sharpmask_lite0"
+
+
+def names() -> list:
+    """Names of the packaged models."""
+    return sorted(_WEIGHTS)
+
+
+def get(name: str = DEFAULT) -> CfgNode:
+    """Config and weights of a packaged model.
+
+    Args:
+        name: one of `names()`.
+
+    Returns:
+        a config whose MODEL.WEIGHTS is the packaged file; MODEL.DEVICE is "cuda" where there is one, else "cpu".
+
+    Raises:
+        KeyError: no such model; the message lists those there are.
+    """
+    import torch
+
+    if name not in _WEIGHTS:
+        raise KeyError(f"there is no packaged model {name!r}: choose from {names()}")
+    folder = Path(__file__).parent
+    cfg = get_cfg()
+    add_sharpmask_config(cfg)
+    cfg.merge_from_file(str(folder / f"{name}.yaml"))
+    cfg.MODEL.WEIGHTS = str(folder / _WEIGHTS[name])
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    return cfg

@@ -1,0 +1,199 @@
+"""What tests share: small drawn datasets in COCO format, a tiny model's config, the folder of reference material."""
+
+import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
+
+# isort: split
+
+import colorsys
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import pytest
+import torch
+from detectron2.config import get_cfg
+from PIL import Image
+from sharpmask_d2 import add_sharpmask_config
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+EXIF_ORIENTATION = 0x0112
+SHAPES = ("rectangle", "ellipse", "triangle")
+
+
+class DrawnDataset(NamedTuple):
+    """A dataset in COCO format on disk, and what was drawn: image_id -> list of (H, W) bool masks, crowds not counted."""
+
+    annotations: Path
+    image_root: Path
+    masks: dict
+
+
+def draw_polygon(shape: str, box) -> list:
+    """[x0, y0, x1, y1, ...] of a shape that fills a box (x0, y0, x1, y1)."""
+    x0, y0, x1, y1 = (float(v) for v in box)
+    if shape == "rectangle":
+        return [x0, y0, x1, y0, x1, y1, x0, y1]
+    if shape == "triangle":
+        return [(x0 + x1) / 2, y0, x1, y1, x0, y1]
+    angles = np.arange(48) * (2 * np.pi / 48)
+    points = np.stack([x0 + (x1 - x0) * (1 + np.cos(angles)) / 2, y0 + (y1 - y0) * (1 + np.sin(angles)) / 2], axis=1)
+    return points.round(2).ravel().tolist()
+
+
+def polygon_mask(polygon: list, size: tuple) -> np.ndarray:
+    """(H, W) bool, as pycocotools fills it."""
+    return coco_mask.decode(coco_mask.frPyObjects([polygon], *size))[:, :, 0].astype(bool)
+
+
+def uncompressed_rle(mask: np.ndarray) -> dict:
+    """A mask as RLE with a list of counts, as COCO has it for crowds."""
+    flat = np.concatenate([[0], mask.T.ravel(), [0]]).astype(np.int8)
+    edges = np.flatnonzero(np.diff(flat))
+    counts = np.diff(np.concatenate([[0], edges, [mask.size]]))
+    return {"size": list(mask.shape), "counts": counts.tolist()}
+
+
+def _rle(mask: np.ndarray) -> dict:
+    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+
+
+def draw_dataset(
+    folder: Path,
+    *,
+    num_images: int = 3,
+    size: tuple = (120, 160),
+    objects_per_image: int = 3,
+    rle: bool = False,
+    crowd: bool = False,
+    grey: bool = False,
+    exif: bool = False,
+    empty: bool = False,
+    seed: int = 0,
+) -> DrawnDataset:
+    """Draw images of saturated objects that do not touch on a grey background, and write them in COCO format.
+
+    Args:
+        folder: gets instances.json and images/.
+        num_images: their ids are 1, 2, ...
+        size: (H, W).
+        objects_per_image: at most 6; two categories, 3 and 7, by turns.
+        rle: masks as compressed RLE, not as polygons.
+        crowd: image 1 has a crowd (uncompressed RLE) where its last object would have been.
+        grey: image 1 is a greyscale file.
+        exif: image 1 is a JPEG stored on its side, with orientation tag 6; the annotations are for the upright image.
+        empty: one image more, without objects.
+        seed: the pixels and places depend on it and on the image's number only.
+
+    Returns:
+        DrawnDataset.
+    """
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    images, annotations, masks = [], [], {}
+    for image_id in range(1, num_images + empty + 1):
+        rng = np.random.default_rng([seed, image_id])
+        count = objects_per_image if image_id <= num_images else 0
+        pixels = np.repeat(rng.integers(90, 130, (*size, 1), dtype=np.uint8), 3, axis=2)
+        masks[image_id] = []
+        for number, box in enumerate(_places(count, size, rng)):
+            polygon = draw_polygon(SHAPES[(number + image_id) % 3], box)
+            mask = polygon_mask(polygon, size)
+            color = np.array(colorsys.hsv_to_rgb(rng.random(), 1, 1)) * 255
+            pixels[mask] = 250 if grey and image_id == 1 else color
+            is_crowd = crowd and image_id == 1 and number == count - 1
+            if is_crowd:
+                segmentation = uncompressed_rle(mask)
+            else:
+                masks[image_id].append(mask)
+                segmentation = _rle(mask) if rle else [polygon]
+            ys, xs = np.nonzero(mask)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": (3, 7)[number % 2],
+                    "iscrowd": int(is_crowd),
+                    "bbox": [int(v) for v in (xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1)],
+                    "area": int(mask.sum()),
+                    "segmentation": segmentation,
+                }
+            )
+        name = f"{image_id}.jpg" if exif and image_id == 1 else f"{image_id}.png"
+        _save(pixels, folder / "images" / name, grey=grey and image_id == 1, exif=exif and image_id == 1)
+        images.append({"id": image_id, "file_name": name, "height": size[0], "width": size[1]})
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 3, "name": "odd"}, {"id": 7, "name": "even"}],
+    }
+    path = folder / "instances.json"
+    path.write_text(json.dumps(content))
+    return DrawnDataset(path, folder / "images", masks)
+
+
+def _places(count: int, size: tuple, rng) -> list:
+    """Boxes of `count` objects, each in a place of its own on a grid of 2 x 3."""
+    height, width = size[0] / 2, size[1] / 3
+    boxes = []
+    for place in rng.permutation(6)[:count]:
+        centre = (np.array([place % 3, place // 3]) + rng.uniform(0.45, 0.55, 2)) * (width, height)
+        half = rng.uniform(0.25, 0.4, 2) * (width, height)
+        boxes.append(np.concatenate([centre - half, centre + half]).round())
+    return boxes
+
+
+def _save(pixels: np.ndarray, path: Path, *, grey: bool, exif: bool) -> None:
+    if exif:
+        tags = Image.Exif()
+        # 6: turn clockwise to see it upright, so it is stored turned the other way.
+        tags[EXIF_ORIENTATION] = 6
+        Image.fromarray(np.ascontiguousarray(np.rot90(pixels))).save(path, exif=tags, quality=95, subsampling=0)
+    else:
+        Image.fromarray(pixels[:, :, 0] if grey else pixels).save(path)
+
+
+@pytest.fixture(scope="session")
+def make_dataset():
+    """The function `draw_dataset(folder, ...)`."""
+    return draw_dataset
+
+
+@pytest.fixture
+def tiny_cfg(tmp_path):
+    """A config of a SharpMask that runs in a moment: ResNet-18, thin heads, two scales; not frozen."""
+    cfg = get_cfg()
+    add_sharpmask_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "SharpMaskProposalNetwork"
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.WEIGHTS = ""
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.MIN_SIZE_TEST = 0
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.SOLVER.IMS_PER_BATCH = 2
+    cfg.SEED = 1
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    sharpmask = cfg.MODEL.SHARPMASK
+    sharpmask.TRUNK.RESNET_DEPTH = 18
+    sharpmask.REDUCED_CHANNELS = 8
+    sharpmask.EMBED_DIM = 16
+    sharpmask.SCORE_DIM = 16
+    sharpmask.REFINEMENT.CHANNELS = 16
+    sharpmask.SAMPLING.PATCHES_PER_IMAGE = 4
+    sharpmask.TEST.PATCHES_PER_IMAGE = 4
+    sharpmask.TEST.SCALES = [-1.0, 0.0]
+    sharpmask.TEST.NUM_PROPOSALS = 20
+    return cfg
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference material, data and weights that lies beside the repository."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip(f"needs the folder {path}, which is not part of the repository")
+    return path

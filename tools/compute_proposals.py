@@ -1,0 +1,38 @@
+#!/usr/bin/env python
+"""Segment proposals of images, as COCO result JSON.
+
+    tools/compute_proposals.py --input photographs/ --output proposals.json --visualize pictures/
+    tools/compute_proposals.py --annotations instances.json --image-root images/ --output proposals.json
+
+Images given by --input are numbered from 1 in the order of their names, and every result also has the file_name. A run that was stopped
+goes on where it was; an image that cannot be read is named, left out, and makes the exit status 1.
+"""
+
+import argparse
+import sys
+
+from sharpmask_d2.compute import DEFAULT, compute_proposals
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="FILE_OR_DIR", help="images, or folders of images")
+    source.add_argument("--annotations", help="a COCO JSON that lists the images")
+    parser.add_argument("--image-root", help="folder of the images that --annotations lists")
+    parser.add_argument("--output", required=True, help="JSON to write")
+    parser.add_argument("--model", default=DEFAULT, help="a packaged model; default %(default)s")
+    parser.add_argument("--config-file", help="a config instead of a packaged model")
+    parser.add_argument("--weights", help="a checkpoint instead of the config's MODEL.WEIGHTS")
+    parser.add_argument("--num-proposals", type=int, help="most proposals of an image")
+    parser.add_argument("--visualize", metavar="DIR", help="write pictures of the best proposals there")
+    parser.add_argument("--pkl", metavar="FILE", help="also write Detectron2's precomputed-proposal pickle")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the config")
+    args = parser.parse_intermixed_args()
+    if args.annotations and not args.image_root:
+        parser.error("--annotations needs --image-root")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(compute_proposals(**vars(parse_args())))
