@@ -61,7 +61,16 @@ def _supply_removed_names() -> None:
             setattr(np, name, builtin)
 
 
+def _supply_export_without_caffe2() -> None:
+    # detectron2.utils.analysis needs detectron2.export for its tracing adapter, not for what its `api` does with Caffe2.
+    api = types.ModuleType("detectron2.export.api")
+    api.__all__ = []
+    sys.modules["detectron2.export.api"] = api
+
+
 if detectron2.__version__ == "0.6":
     _supply_removed_names()
+    if importlib.util.find_spec("caffe2") is None:
+        _supply_export_without_caffe2()
     if importlib.util.find_spec("detectron2._C") is None:
         _supply_compiled_operators()

@@ -1,5 +1,7 @@
 """Training and evaluation in Detectron2's manner."""
 
+from typing import Optional
+
 import torch
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
@@ -119,23 +121,55 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
         ValueError: an optimizer that is neither.
     """
     solver = cfg.SOLVER
-    groups = {}
-    norms = tuple(value for name, value in vars(nn).items() if name.endswith("Norm") or name.startswith("BatchNorm"))
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                continue
-            lr = solver.BASE_LR * (solver.TRUNK_MULTIPLIER if "trunk" in module_name.split(".") else 1.0)
-            decay = solver.WEIGHT_DECAY_NORM if isinstance(module, norms) else solver.WEIGHT_DECAY
-            if name == "bias":
-                lr *= solver.BIAS_LR_FACTOR
-                # Newer Detectron2 leaves it None, meaning that of the weights.
-                decay = decay if solver.WEIGHT_DECAY_BIAS is None else solver.WEIGHT_DECAY_BIAS
-            groups.setdefault((lr, decay), []).append(parameter)
-    params = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+    params = optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        trunk_multiplier=solver.TRUNK_MULTIPLIER,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
     if solver.OPTIMIZER == "SGD":
         sgd = maybe_add_gradient_clipping(cfg, torch.optim.SGD)
         return sgd(params, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
     if solver.OPTIMIZER == "ADAMW":
         return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(params, lr=solver.BASE_LR)
     raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}: choose 'SGD' or 'ADAMW'")
+
+
+def optimizer_params(
+    model: nn.Module,
+    *,
+    base_lr: float,
+    trunk_multiplier: float = 1.0,
+    bias_lr_factor: float = 1.0,
+    weight_decay: float = 0.0,
+    weight_decay_norm: float = 0.0,
+    weight_decay_bias: Optional[float] = None,
+) -> list:
+    """Parameter groups for an optimizer.
+
+    Args:
+        model: its trainable parameters; those below a module named `trunk` have learning rate `base_lr` * `trunk_multiplier`.
+        base_lr: of everything else.
+        trunk_multiplier, bias_lr_factor: factors on it.
+        weight_decay, weight_decay_norm, weight_decay_bias: of weights, norms and biases; None is that of what they belong to.
+
+    Returns:
+        list of dicts with params, lr and weight_decay.
+    """
+    groups = {}
+    norms = tuple(value for name, value in vars(nn).items() if name.endswith("Norm") or name.startswith("BatchNorm"))
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            lr = base_lr * (trunk_multiplier if "trunk" in module_name.split(".") else 1.0)
+            decay = weight_decay_norm if isinstance(module, norms) else weight_decay
+            if name == "bias":
+                lr *= bias_lr_factor
+                # Newer Detectron2 leaves it None, meaning that of the weights.
+                decay = decay if weight_decay_bias is None else weight_decay_bias
+            groups.setdefault((lr, decay), []).append(parameter)
+    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]

@@ -59,7 +59,7 @@ class ProposalWriter:
         self.done = set()
         header = json.dumps({"settings": settings}, sort_keys=True)
         end = self._read_partial(header)
-        self._file = open(self.partial, "r+b" if end else "wb")
+        self._file = open(self.partial, "r+b" if end else "wb")  # noqa: SIM115  (open until finish)
         if end:
             # A line that was being written when the run was stopped is written again.
             self._file.truncate(end)

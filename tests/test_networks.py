@@ -575,8 +575,8 @@ def test_freezing_the_feed_forward_path():
     trained = {name.split(".")[0] for name, p in network.named_parameters() if p.requires_grad}
     assert trained == {"mask_branch"}
     assert not any(module.training for module in [*network.trunk.modules(), *network.head.modules()])
+    cfg.MODEL.SHARPMASK.REFINEMENT.NAME = "none"
     with pytest.raises(ValueError, match="nothing is left to train"):
-        cfg.MODEL.SHARPMASK.REFINEMENT.NAME = "none"
         SharpMaskNetwork(cfg)
 
 

@@ -230,20 +230,16 @@ def test_auc_of_the_whole_range():
 
 
 def test_matching_by_hand():
-    # Object 0 counts, 1 is ignored, 2 is a crowd.
-    ious = np.array([[0.6, 0.9, 0.9], [0.7, 0.8, 0.6], [0.0, 0.8, 0.9], [0.5, 0.0, 0.9]])
-    ranks = match_ranks(
-        ious, np.array([False, False, True]), np.array([[False, True, True]]), thresholds=np.array([0.5, 0.65, 0.75])
-    )
+    ious = np.array([[0.6, 0.9, 0.9], [0.7, 0.8, 0.6], [0.0, 0.9, 0.9], [0.8, 0.0, 0.7]])
+    counted = np.array([[True, True, True], [True, False, False]])
+    ranks = match_ranks(ious, counted, thresholds=np.array([0.5, 0.65, 0.85]))
     assert ranks[0].tolist() == [
-        [
-            0,
-            1,
-            UNMATCHED,
-        ],  # proposal 0 takes 0, which counts, although it fits 1 better; 1 takes the better of the rest
-        [1, UNMATCHED, UNMATCHED],  # 0 goes to the last of equals, the crowd, which stays free: 2 and 3 go there too
-        [UNMATCHED, 1, UNMATCHED],
+        [3, 1, 0],  # 0 takes the last of equals, 1 its second choice, 2 finds nothing free, 3 what is left
+        [3, 1, 0],
+        [UNMATCHED, 2, 0],
     ]
+    # Where objects 1 and 2 do not count, proposals go to 0 although they fit another better.
+    assert ranks[1].tolist() == [[0, UNMATCHED, UNMATCHED], [1, UNMATCHED, UNMATCHED], [UNMATCHED] * 3]
 
 
 def test_images_without_proposals_count_their_objects():
@@ -265,14 +261,22 @@ def test_no_objects_give_nan():
     }
 
 
-def test_category_order_decides_between_equal_ious():
-    # Equal objects, of which the crowd must not come before the other: COCOeval goes by category, then by position.
-    rle = draw_ellipse(40, 50, 20, 25)
-    dataset = as_dataset(1, [annotation(1, 1, rle, category_id=2, area=100.0), annotation(2, 1, rle, area=5000.0)])
-    results = [result(1, rle, 0.5)]
-    metrics = evaluate_proposal_json(load(dataset), results)["segm"]
-    expected = cocoeval_metrics(dataset, results, "segm")
-    assert {key: metrics[key] for key in expected} == pytest.approx(expected, nan_ok=True)
+@pytest.mark.parametrize(("categories", "recall"), [((1, 2), 50), ((2, 1), 100)])
+def test_category_order_decides_between_equal_ious(categories, recall):
+    # The first proposal fits both objects equally and takes the one of the higher category, the second fits only b.
+    a, b, between = np.zeros((3, HEIGHT, WIDTH))
+    a[:100, :100] = b[:100, 50:150] = between[:100, 25:125] = 1
+    dataset = as_dataset(
+        1,
+        [
+            annotation(1, 1, encode(a), category_id=categories[0]),
+            annotation(2, 1, encode(b), category_id=categories[1]),
+        ],
+    )
+    results = [result(1, encode(between), 0.9), result(1, encode(b), 0.8)]
+    for kind in ("segm", "bbox"):
+        metrics = evaluate_proposal_json(load(dataset), results)[kind]
+        assert metrics["Recall@10-IoU60"] == cocoeval_metrics(dataset, results, kind)["Recall@10-IoU60"] == recall
 
 
 def test_accumulator_names_the_image_in_errors():

@@ -153,7 +153,7 @@ def test_labels_against_a_slow_loop(rule):
     centres = 60 + 80 * torch.rand(6, 2, generator=generator, dtype=torch.float64)
     half = 8 + 30 * torch.rand(6, 2, generator=generator, dtype=torch.float64)
     # The last object is nearly the first: a window has to find the nearer one.
-    boxes = torch.cat([centres - half, centres + half])
+    boxes = torch.cat([centres - half, centres + half], dim=1)
     boxes = torch.cat([boxes, boxes[:1] + 2])
     # Half of the windows are near canonical ones, half lie anywhere.
     near = object_windows(boxes, WINDOW)[torch.randint(7, (300,), generator=generator)]

@@ -1,3 +1,4 @@
+from .package import pack
 from .strict import StrictCheckpointer
 
-__all__ = ["StrictCheckpointer"]
+__all__ = ["StrictCheckpointer", "pack"]

@@ -29,8 +29,8 @@ class StrictCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str):
         loaded = super()._load_file(filename)
-        if not isinstance(loaded, dict) or "model" not in loaded:
-            raise ValueError(f"{filename} is not a checkpoint of Detectron2: it has no entry 'model'")
+        if not isinstance(loaded.get("model"), dict):
+            raise ValueError(f"{filename} is not a checkpoint of Detectron2: it holds no parameters by name")
         return loaded
 
     def _load_model(self, checkpoint):

@@ -1,6 +1,7 @@
 """Loaders of patches: an endless, repeatable stream for training and a fixed set for the per-patch evaluation."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from .patch_mapper import PatchMapper
 class PatchBatches(IterableDataset):
     """An endless stream of batches, each a list of mapped images.
 
-    Batch k depends on the seed, k and the rank only, not on the number of workers, so a run that is resumed at k sees what it would have seen.
+    Batch k depends on the seed, k and the rank only, not on the number of workers: a run resumed at k sees what it would have seen.
     """
 
     def __init__(self, dicts: list, mapper: PatchMapper, *, images_per_batch: int, seed: int, start: int = 0):
@@ -82,19 +83,22 @@ def _one_thread(worker_id: int) -> None:
     torch.set_num_threads(1)
 
 
-def category_weights(dicts: list) -> dict:
-    """Weights that give every category the same share: category_id -> 1 / number of its objects, crowds not counted."""
-    counts = Counter(a["category_id"] for d in dicts for a in d.get("annotations", ()) if not a.get("iscrowd", 0))
+def category_weights(objects: Iterable) -> dict:
+    """Weights that give every category the same share of what is chosen: category_id -> 1 / number of its targets.
+
+    Args:
+        objects: `objects.ImageObjects` of all images.
+    """
+    counts = Counter(category for o in objects for category in o.categories[o.targets].tolist())
     return {category: 1 / count for category, count in counts.items()}
 
 
 def _train_arguments(cfg):
-    dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=True)
-    balance = cfg.MODEL.SHARPMASK.SAMPLING.BALANCE_CATEGORIES
     return {
-        "dataset": dicts,
-        "mapper": PatchMapper(cfg, category_weights=category_weights(dicts) if balance else {}),
+        "dataset": get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=True),
+        "mapper": PatchMapper(cfg, category_weights={}),
         "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
+        "balance_categories": cfg.MODEL.SHARPMASK.SAMPLING.BALANCE_CATEGORIES,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
         "seed": cfg.SEED,
     }
@@ -102,7 +106,13 @@ def _train_arguments(cfg):
 
 @configurable(from_config=_train_arguments)
 def build_patch_train_loader(
-    *, dataset: list, mapper: PatchMapper, total_batch_size: int, num_workers: int = 0, seed: int = -1
+    *,
+    dataset: list,
+    mapper: PatchMapper,
+    total_batch_size: int,
+    balance_categories: bool = False,
+    num_workers: int = 0,
+    seed: int = -1,
 ):
     """A training loader of patches, in the manner of `build_detection_train_loader`.
 
@@ -110,6 +120,7 @@ def build_patch_train_loader(
         dataset: dataset dicts.
         mapper: makes patches.
         total_batch_size: images per batch over all processes.
+        balance_categories: give the mapper weights with which every category of the dataset is chosen equally often.
         num_workers: per process.
         seed: negative for another one in every run.
 
@@ -120,28 +131,32 @@ def build_patch_train_loader(
     if total_batch_size % world:
         raise ValueError(f"SOLVER.IMS_PER_BATCH is {total_batch_size}: it must be a multiple of the {world} processes")
     seed = comm.shared_random_seed() if seed < 0 else seed
+    if balance_categories:
+        mapper.category_weights = category_weights(mapper.objects(d) for d in dataset)
     batches = PatchBatches(dataset, mapper, images_per_batch=total_batch_size // world, seed=seed)
     return PatchTrainLoader(batches, num_workers=num_workers)
 
 
 class FixedPatches(Dataset):
-    """The same patches of every image each time: the random generator is seeded with the image's number."""
+    """The same patches of every image each time: the random generator is seeded with the image's number in the whole dataset."""
 
-    def __init__(self, dicts: list, mapper: PatchMapper):
-        self.dicts, self.mapper = dicts, mapper
+    def __init__(self, numbered_dicts: list, mapper: PatchMapper):
+        self.numbered_dicts, self.mapper = numbered_dicts, mapper
 
     def __len__(self) -> int:
-        return len(self.dicts)
+        return len(self.numbered_dicts)
 
     def __getitem__(self, index: int) -> dict:
-        return self.mapper(self.dicts[index], np.random.default_rng(index))
+        number, dataset_dict = self.numbered_dicts[index]
+        return self.mapper(dataset_dict, np.random.default_rng(number))
 
 
 def build_patch_test_loader(cfg, dataset_name: str) -> DataLoader:
     """Patches for the per-patch evaluation: one batch an image, this process' share of the dataset."""
     dicts = get_detection_dataset_dicts(dataset_name, filter_empty=True)
     mapper = PatchMapper(cfg, category_weights={}, is_train=False)
-    patches = FixedPatches(dicts[comm.get_rank() :: comm.get_world_size()], mapper)
+    share = list(enumerate(dicts))[comm.get_rank() :: comm.get_world_size()]
+    patches = FixedPatches(share, mapper)
     return DataLoader(
         patches, batch_size=1, num_workers=cfg.DATALOADER.NUM_WORKERS, collate_fn=list, worker_init_fn=_one_thread
     )

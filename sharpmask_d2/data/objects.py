@@ -125,11 +125,11 @@ def cut_region(image: np.ndarray, region: tuple, size: int, fill: float) -> np.n
         (size, size, 3) uint8.
     """
     x0, y0, side = region
-    height, width = image.shape[:2]
     inside = image[max(y0, 0) : max(y0 + side, 0), max(x0, 0) : max(x0 + side, 0)]
     if inside.shape[:2] != (side, side):
         if inside.size == 0:
-            return np.full((size, size, 3), fill, dtype=np.uint8)
+            # Rounded, as copyMakeBorder does below.
+            return np.full((size, size, 3), round(fill), dtype=np.uint8)
         top, left = max(-y0, 0), max(-x0, 0)
         bottom, right = side - top - inside.shape[0], side - left - inside.shape[1]
         inside = cv2.copyMakeBorder(inside, top, bottom, left, right, cv2.BORDER_CONSTANT, value=(fill, fill, fill))

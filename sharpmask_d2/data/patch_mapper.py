@@ -178,13 +178,17 @@ class PatchMapper:
         Raises:
             ValueError: the instances have no masks.
         """
-        if not instances.has("gt_masks"):
+        # Without any object, Detectron2's mapper leaves the field out.
+        if len(instances) and not instances.has("gt_masks"):
             raise ValueError(
                 "training images come without masks: set MODEL.MASK_ON True, so that Detectron2's mapper loads them"
             )
         boxes = instances.gt_boxes.tensor.cpu().numpy()
-        masks = instances.gt_masks
-        segmentations = masks.polygons if hasattr(masks, "polygons") else list(masks.tensor.cpu().numpy())
+        masks = instances.gt_masks if len(instances) else None
+        if masks is None:
+            segmentations = []
+        else:
+            segmentations = masks.polygons if hasattr(masks, "polygons") else list(masks.tensor.cpu().numpy())
         objects = ImageObjects(
             boxes=boxes,
             segmentations=segmentations,

@@ -32,8 +32,7 @@ class GroundTruth(NamedTuple):
     """The objects of one image.
 
     regions: boxes or masks (`Regions`) in the frame of the original image. areas: G, the annotations' `area` in square
-    pixels, which decides on small, medium and large. is_crowd: G bool; a crowd counts in no recall, and takes any
-    number of proposals.
+    pixels, which decides on small, medium and large. is_crowd: G bool; crowds count in no recall.
     """
 
     regions: Regions
@@ -51,51 +50,47 @@ class ImageRecall(NamedTuple):
     counted: np.ndarray
 
 
-def match_ranks(
-    ious: np.ndarray, is_crowd: np.ndarray, is_ignored: np.ndarray, thresholds: np.ndarray = IOU_THRESHOLDS
-) -> np.ndarray:
+def match_ranks(ious: np.ndarray, counted: np.ndarray, thresholds: np.ndarray = IOU_THRESHOLDS) -> np.ndarray:
     """Match proposals to objects greedily, best proposal first.
 
-    A proposal takes the free object of highest IoU among those that reach the threshold (the last one of equals); an
-    ignored object only if no other is left for it. Crowds stay free. Source: `COCOeval.evaluateImg` of pycocotools.
+    A proposal takes the free object of highest IoU among those that reach the threshold (the last one of equals). Objects
+    that do not count in an area range are passed over: COCOeval gives them a proposal only when no object that counts is
+    left for it, so they change precision but never recall. The same holds for crowds.
+    Source: `COCOeval.evaluateImg` of pycocotools.
 
     Args:
         ious: D x G, proposals best first.
-        is_crowd: G bool.
-        is_ignored: A x G bool; crowds must be ignored in every range.
+        counted: A x G bool.
         thresholds: T, ascending.
 
     Returns:
-        A x T x G int32: the index of the proposal that took the object, UNMATCHED where none did and for crowds.
+        A x T x G int32: the index of the proposal that took the object, UNMATCHED where none did.
     """
-    num_gts = ious.shape[1]
-    num_areas, num_thresholds = len(is_ignored), len(thresholds)
-    ranks = np.full((num_areas, num_thresholds, num_gts), UNMATCHED, dtype=np.int32)
+    num_gts, num_thresholds = ious.shape[1], len(thresholds)
+    ranks = np.full((len(counted), num_thresholds, num_gts), UNMATCHED, dtype=np.int32)
     # D x G: how many thresholds the pair reaches.
     reached = np.searchsorted(np.minimum(thresholds, 1 - 1e-10), ious, side="right")
-    candidates = np.flatnonzero((reached[:, ~is_crowd] > 0).any(axis=1))
+    candidates = np.flatnonzero(reached.any(axis=1))
     reached = reached[candidates]
-    # Objects in the order of the proposal's liking, as whole numbers so that equal IoUs keep COCOeval's order.
+    # Objects in the order of the proposal's liking, as whole numbers so that of equal IoUs the last is the highest.
     order = np.argsort(ious[candidates], axis=1, kind="stable")
     liking = np.empty_like(order)
     np.put_along_axis(liking, order, np.arange(num_gts)[None], axis=1)
-    bonus = np.where(is_ignored, 0, num_gts)[:, None]  # A x 1 x G
     threshold_index = np.arange(num_thresholds)[:, None]  # T x 1
 
-    free = np.ones(ranks.shape, dtype=bool)
+    free = np.repeat(counted[:, None], num_thresholds, axis=1)  # A x T x G
     # The lowest threshold at which the object is still free in some area range: most candidates end at this test.
-    lowest_free = np.where(is_crowd, num_thresholds, 0)
+    lowest_free = np.zeros(num_gts, dtype=int)
     for i, rank in enumerate(candidates):
         if not (reached[i] > lowest_free).any():
             continue
-        key = np.where(free & (threshold_index < reached[i]), liking[i] + bonus, -1)
-        best = key.argmax(axis=2)  # A x T
-        area, threshold = np.nonzero((key.max(axis=2) >= 0) & ~is_crowd[best])
-        taken = (area, threshold, best[area, threshold])
+        key = np.where(free & (threshold_index < reached[i]), liking[i], -1)
+        area, threshold = np.nonzero(key.max(axis=2) >= 0)
+        taken = (area, threshold, key[area, threshold].argmax(axis=1))
         ranks[taken] = rank
         free[taken] = False
         still_free = free.any(axis=0)  # T x G
-        lowest_free = np.where(is_crowd | ~still_free.any(axis=0), num_thresholds, still_free.argmax(axis=0))
+        lowest_free = np.where(still_free.any(axis=0), still_free.argmax(axis=0), num_thresholds)
     return ranks
 
 
@@ -142,11 +137,11 @@ class RecallAccumulator:
         is_crowd = np.asarray(ground_truth.is_crowd, dtype=bool)
         areas = np.asarray(ground_truth.areas, dtype=np.float64)
         bounds = np.array(list(AREA_RANGES.values()))  # A x 2
-        is_ignored = is_crowd | (areas < bounds[:, :1]) | (areas > bounds[:, 1:])  # A x G
+        counted = ~is_crowd & (areas >= bounds[:, :1]) & (areas <= bounds[:, 1:])  # A x G
         ious = np.zeros((len(order), len(areas)))
         if ious.size:
             ious = mask_utils.iou(proposals, ground_truth.regions, is_crowd.astype(np.uint8))
-        self.images[image_id] = ImageRecall(match_ranks(ious, is_crowd, is_ignored), ~is_ignored)
+        self.images[image_id] = ImageRecall(match_ranks(ious, counted), counted)
 
     def merge(self, others: Iterable["RecallAccumulator"]) -> None:
         """Take over the images of other accumulators (of other processes, say)."""

@@ -212,7 +212,7 @@ class SharpMaskRefinement(_FromEmbedding):
 
 
 class SkipRefinement(_FromEmbedding):
-    """Baseline "skip" of the paper's figure 1: a one-channel mask to which every skip feature adds its prediction; no convolution top-down."""
+    """Baseline "skip" of the paper's figure 1: a one-channel mask to which every skip feature adds; no convolution top-down."""
 
     def __init__(self, *, features: dict, embed_dim: int, window_size: int):
         """

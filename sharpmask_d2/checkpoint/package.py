@@ -1,0 +1,35 @@
+"""Packing trained checkpoints into one small file."""
+
+import torch
+from torch import Tensor
+
+
+def pack(states: list) -> dict:
+    """The union of models' parameters in half precision.
+
+    Args:
+        states: state dicts of models that share parameters, such as a DeepMask and the SharpMask trained from it.
+
+    Returns:
+        name -> float16 tensor (integers stay as they are).
+
+    Raises:
+        ValueError: a parameter that two models have with different values, or that half precision cannot hold; it is named.
+    """
+    packed: dict = {}
+    for state in states:
+        for name, value in state.items():
+            half = _halve(name, value)
+            if name in packed and not torch.equal(packed[name], half):
+                raise ValueError(f"the models do not belong together: {name} differs")
+            packed[name] = half
+    return packed
+
+
+def _halve(name: str, value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    half = value.half()
+    if not half.isfinite().all():
+        raise ValueError(f"{name} has values that float16 cannot hold")
+    return half.contiguous()

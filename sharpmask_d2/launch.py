@@ -1,0 +1,98 @@
+"""Run any Detectron2 script, unmodified, with this package registered:
+
+    python -m sharpmask_d2.launch [--dataset NAME JSON IMAGE_ROOT]... SCRIPT.py ARGS...
+
+The script finds the package's models, configuration keys and the datasets named, in the processes that it spawns, too.
+"""
+
+import argparse
+import json
+import multiprocessing.spawn
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import sharpmask_d2
+from detectron2.config import defaults
+from sharpmask_d2.data import register_datasets
+
+# Tells spawned processes what to run: {"script": path, "datasets": [...]}.
+_VARIABLE = "SHARPMASK_D2_LAUNCH"
+
+
+def prepare(datasets: list) -> None:
+    """Make `get_cfg()` know the package's keys, and register datasets.
+
+    Args:
+        datasets: see `data.register_datasets`.
+    """
+    # get_cfg copies this object, so it does not matter who has imported get_cfg already.
+    sharpmask_d2.add_sharpmask_config(defaults._C)
+    register_datasets(datasets)
+
+
+def run(script: str, arguments: list, datasets: list = ()) -> None:
+    """Run a script as `python script arguments...` would, after `prepare`.
+
+    Args:
+        script: its path.
+        arguments: its command line.
+        datasets: see `data.register_datasets`.
+
+    Raises:
+        FileNotFoundError: there is no such script, annotation file or image folder.
+    """
+    if not os.path.isfile(script):
+        raise FileNotFoundError(f"there is no script {script}: give the path of a Python file")
+    datasets = [(name, os.path.abspath(json_file), os.path.abspath(root)) for name, json_file, root in datasets]
+    prepare(datasets)
+    os.environ[_VARIABLE] = json.dumps({"script": os.path.abspath(script), "datasets": datasets})
+    _spawn_prepared()
+    sys.argv = [script, *arguments]
+    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    # Where `python -m` found this package, if that was the current folder.
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+def _spawn_prepared() -> None:
+    """Spawned processes import their parent's main file first: make that this module, which prepares and imports the script."""
+    original = multiprocessing.spawn.get_preparation_data
+
+    def get_preparation_data(name: str) -> dict:
+        data = original(name)
+        data.pop("init_main_from_path", None)
+        return {**data, "init_main_from_name": "sharpmask_d2.launch"}
+
+    multiprocessing.spawn.get_preparation_data = get_preparation_data
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sharpmask_d2.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "JSON", "IMAGE_ROOT"),
+        help="register a dataset in COCO format; repeatable",
+    )
+    parser.add_argument("script", metavar="SCRIPT.py")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
+    args = parser.parse_args()
+    for path in [args.script, *(path for _, *paths in args.dataset for path in paths)]:
+        if not os.path.exists(path):
+            parser.error(f"there is no {path}")
+    run(args.script, args.arguments, args.dataset)
+
+
+if __name__ == "__main__":
+    _main()
+elif __name__ == "__mp_main__":
+    _launched = json.loads(os.environ[_VARIABLE])
+    prepare(_launched["datasets"])
+    # What the parent has pickled are names of the script's.
+    globals().update(runpy.run_path(_launched["script"], run_name="__mp_main__"))

@@ -1,0 +1,255 @@
+"""From files to files: predictor, compute_proposals, the proposal generator in a detector, precomputed proposals, the model zoo."""
+
+import json
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data.build import load_proposals_into_dataset
+from detectron2.modeling import build_model
+from detectron2.modeling.proposal_generator import build_proposal_generator
+from detectron2.structures import BoxMode, ImageList, Instances
+from pycocotools import mask as mask_util
+from sharpmask_d2 import compute, model_zoo
+from sharpmask_d2.predictor import ProposalPredictor
+from sharpmask_d2.proposal_files import ProposalWriter, to_results
+from sharpmask_d2.visualization import choose_distinct, draw_masks
+
+
+@pytest.fixture
+def tiny_config(tiny_cfg, tmp_path):
+    """A config file with weights for it, with 12 proposals an image."""
+    cfg = tiny_cfg.clone()
+    cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 12
+    torch.manual_seed(0)
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "tiny.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "tiny.pth")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(cfg.dump())
+    return path
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Three small images; the second is greyscale."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i, channels in enumerate([3, 1, 3]):
+        image = cv2.resize(rng.integers(0, 256, (6, 8, channels), dtype=np.uint8), (100 + i, 80))
+        cv2.imwrite(str(folder / f"{i}.png"), image)
+    return folder
+
+
+def _compute(tiny_config, output, **options):
+    return compute.compute_proposals(
+        output=str(output), config_file=str(tiny_config), opts=["MODEL.DEVICE", "cpu"], **options
+    )
+
+
+def test_results_json_pickle_and_pictures(tiny_config, photographs, tmp_path):
+    output, pkl = tmp_path / "out" / "proposals.json", tmp_path / "proposals.pkl"
+    status = _compute(tiny_config, output, input=[str(photographs)], pkl=str(pkl), visualize=str(tmp_path / "pictures"))
+    assert status == 0
+    results = json.loads(output.read_text())
+    assert {r["image_id"] for r in results} == {1, 2, 3}
+    assert {r["file_name"] for r in results} == {"0.png", "1.png", "2.png"}
+    for result in results:
+        assert result["category_id"] == 1
+        assert 0 <= result["score"] <= 1
+        np.testing.assert_allclose(mask_util.toBbox(result["segmentation"]), result["bbox"])
+    content = pickle.loads(pkl.read_bytes())
+    dicts = [{"image_id": i, "file_name": "x", "height": 80, "width": 100} for i in (1, 2, 3)]
+    loaded = load_proposals_into_dataset(dicts, str(pkl))
+    assert content["ids"] == [1, 2, 3]
+    for d in loaded:
+        mine = [r for r in results if r["image_id"] == d["image_id"]]
+        boxes = BoxMode.convert(np.asarray(d["proposal_boxes"]), d["proposal_bbox_mode"], BoxMode.XYWH_ABS)
+        np.testing.assert_allclose(boxes, [r["bbox"] for r in mine])
+        probabilities = 1 / (1 + np.exp(-d["proposal_objectness_logits"].astype(np.float64)))
+        np.testing.assert_allclose(probabilities, [r["score"] for r in mine], rtol=1e-4)
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["0.jpg", "1.jpg", "2.jpg"]
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_a_broken_image_is_named_and_left_out_and_the_rest_is_there(tiny_config, photographs, tmp_path, capsys):
+    whole = (photographs / "1.png").read_bytes()
+    (photographs / "1.png").write_bytes(whole[:40])
+    output = tmp_path / "proposals.json"
+    assert _compute(tiny_config, output, input=[str(photographs)]) == 1
+    assert "1.png" in capsys.readouterr().err
+    assert {r["image_id"] for r in json.loads(output.read_text())} == {1, 3}
+    # Mended, only that image is left to do.
+    (photographs / "1.png").write_bytes(whole)
+    assert _compute(tiny_config, output, input=[str(photographs)]) == 0
+    assert "2 of 3 images are done already" in capsys.readouterr().out
+    assert {r["image_id"] for r in json.loads(output.read_text())} == {1, 2, 3}
+
+
+def test_a_stopped_run_goes_on_behind_the_last_whole_line(tmp_path):
+    output = tmp_path / "proposals.json"
+    writer = ProposalWriter(str(output), {"a": 1})
+    for image_id in (7, 8):
+        writer.add(image_id, [{"image_id": image_id, "bbox": [0, 0, 1, 1], "score": 0.5}])
+    # Killed while a third line was being written.
+    with open(writer.partial, "ab") as file:
+        file.write(b'{"image_id": 9, "resul')
+    with pytest.raises(ValueError, match="another config"):
+        ProposalWriter(str(output), {"a": 2})
+    again = ProposalWriter(str(output), {"a": 1})
+    assert again.done == {7, 8}
+    again.add(9, [])
+    again.add(10, [{"image_id": 10, "bbox": [0, 0, 1, 1], "score": 0.5}])
+    again.finish()
+    assert [r["image_id"] for r in json.loads(output.read_text())] == [7, 8, 10]
+
+
+def test_images_of_an_annotation_file_keep_their_ids(tiny_config, make_dataset, tmp_path):
+    json_file, image_root, _ = make_dataset(tmp_path / "data")
+    output = tmp_path / "proposals.json"
+    assert _compute(tiny_config, output, annotations=str(json_file), image_root=str(image_root), num_proposals=3) == 0
+    ids = {image["id"] for image in json.loads(json_file.read_text())["images"]}
+    assert {r["image_id"] for r in json.loads(output.read_text())} <= ids
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [({"input": ["nowhere.jpg"]}, "nowhere"), ({"annotations": "none.json", "image_root": "."}, "none.json")],
+)
+def test_missing_inputs_are_named(tiny_config, tmp_path, inputs, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        _compute(tiny_config, tmp_path / "p.json", **inputs)
+
+
+def test_wrong_annotation_files_are_named(tiny_config, tmp_path):
+    (tmp_path / "bad.json").write_text("[1, 2")
+    with pytest.raises(ValueError, match=r"bad\.json is not a COCO"):
+        _compute(tiny_config, tmp_path / "p.json", annotations=str(tmp_path / "bad.json"), image_root=str(tmp_path))
+
+
+def test_predictor_checks_the_image_and_the_architecture(tiny_cfg):
+    predictor = ProposalPredictor(tiny_cfg)
+    with pytest.raises(ValueError, match="colour image"):
+        predictor(np.zeros((5, 5), np.uint8))
+    with pytest.raises(ValueError, match="colour image"):
+        predictor(np.zeros((0, 5, 3), np.uint8))
+    cfg = tiny_cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    with pytest.raises(ValueError, match="GeneralizedRCNN"):
+        ProposalPredictor(cfg)
+
+
+def test_proposals_are_in_the_frame_of_the_original_image(tiny_cfg):
+    model = build_model(tiny_cfg).eval()
+    image = torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(0)) * 255
+    (plain,) = model([{"image": image}])
+    (scaled,) = model([{"image": image, "height": 120, "width": 240}])
+    plain, scaled = plain["proposals"], scaled["proposals"]
+    assert scaled.image_size == (120, 240)
+    expected = plain.proposal_masks.windows * torch.tensor([3.0, 2.0, 3.0, 2.0])
+    assert len(plain) == len(scaled)
+    torch.testing.assert_close(scaled.proposal_masks.windows, expected)
+    torch.testing.assert_close(scaled.proposal_boxes.tensor, scaled.proposal_masks.boxes().tensor)
+
+
+def test_channel_order_of_the_input_does_not_matter(tiny_cfg):
+    torch.manual_seed(0)
+    rgb = build_model(tiny_cfg).eval()
+    cfg = tiny_cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.FORMAT = "BGR" if tiny_cfg.INPUT.FORMAT == "RGB" else "RGB"
+    bgr = build_model(cfg).eval()
+    bgr.load_state_dict(rgb.state_dict())
+    image = torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(0)) * 255
+    a, b = rgb([{"image": image}])[0]["proposals"], bgr([{"image": image.flip(0)}])[0]["proposals"]
+    torch.testing.assert_close(a.objectness_logits, b.objectness_logits)
+
+
+def test_the_generator_gives_the_stand_alone_proposals_inside_a_detector(tiny_cfg):
+    cfg = tiny_cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 20
+    torch.manual_seed(0)
+    alone = build_model(cfg).eval()
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMask"
+    generator = build_proposal_generator(cfg, {})
+    generator.pyramid.load_state_dict(alone.pyramid.state_dict())
+    generator.train()  # a detector in training still gets proposals
+    image = torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(0)) * 255
+    mean, std = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(3, 1, 1), torch.tensor(cfg.MODEL.PIXEL_STD).view(3, 1, 1)
+    small = image[:, :40, :50]
+    images = ImageList.from_tensors([(x - mean) / std for x in (image, small)])
+    proposals, losses = generator(images, {})
+    assert losses == {}
+    for x, found in zip((image, small), proposals):
+        expected = alone([{"image": x}])[0]["proposals"]
+        assert found.image_size == tuple(x.shape[1:])
+        torch.testing.assert_close(found.objectness_logits, expected.objectness_logits, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(found.proposal_boxes.tensor, expected.proposal_boxes.tensor, atol=2.0, rtol=0)
+        assert len(found.proposal_masks) == len(found)
+
+
+def test_a_detector_with_sharpmask_proposals_runs(tiny_cfg):
+    cfg = tiny_cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMask"
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["res4"]
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
+    model = build_model(cfg).eval()
+    with torch.no_grad():
+        (output,) = model([{"image": torch.rand(3, 60, 80) * 255}])
+    assert isinstance(output["instances"], Instances)
+
+
+def test_results_carry_the_exact_masks(tiny_cfg):
+    predictor = ProposalPredictor(tiny_cfg)
+    proposals = predictor(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    for i, result in enumerate(to_results(proposals, 5)[:4]):
+        assert result["segmentation"]["size"] == [50, 70]
+        np.testing.assert_array_equal(mask_util.decode(result["segmentation"]), proposals.proposal_masks[i].paste()[0])
+
+
+@pytest.mark.parametrize("name", model_zoo.names())
+def test_packaged_models_run(name):
+    cfg = model_zoo.get(name)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.SHARPMASK.TEST.SCALES = [-1.0]
+    image = np.full((120, 160, 3), 255, np.uint8)
+    cv2.circle(image, (80, 60), 40, (20, 40, 160), -1)
+    proposals = ProposalPredictor(cfg)(image)
+    disc = np.zeros((120, 160), np.uint8)
+    cv2.circle(disc, (80, 60), 40, 1, -1)
+    best = [mask_util.encode(np.asfortranarray(disc))]
+    # The model has learnt enough to segment a disc on white among its ten best.
+    assert mask_util.iou(proposals.proposal_masks.rle()[:10], best, [0]).max() > 0.7
+
+
+def test_unknown_models_are_answered_with_those_there_are():
+    with pytest.raises(KeyError, match="sharpmask_lite0"):
+        model_zoo.get("sharpmask_lite1")
+
+
+def test_pictures_show_distinct_masks():
+    def square(x0, x1):
+        mask = np.zeros((20, 30), np.uint8, order="F")
+        mask[2:18, x0:x1] = 1
+        return mask_util.encode(mask)
+
+    rles = [square(0, 10), square(0, 11), square(15, 25), square(16, 25), square(26, 30)]
+    assert choose_distinct(rles, 2) == [0, 2]
+    assert choose_distinct(rles, 5) == [0, 2, 4]
+    assert choose_distinct([], 3) == []
+    picture = draw_masks(np.full((20, 30, 3), 100, np.uint8), [rles[0]])
+    assert (picture[10, 20] == 100).all()
+    assert (picture[10, 5] != 100).any()
