@@ -2,12 +2,15 @@
 
 from typing import Optional
 
+import logging
+
 import torch
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, get_event_storage
 from torch import nn
 
 from .data import build_patch_test_loader, build_patch_train_loader
@@ -32,6 +35,23 @@ class _SeedStep(hooks.HookBase):
 
     def before_step(self):
         torch.manual_seed(self.seed + self.trainer.iter)
+
+
+class _PatchPrinter(EventWriter):
+    """Logs how good masks and scores of the training patches are, which Detectron2's printer leaves out."""
+
+    def __init__(self):
+        self.logger = logging.getLogger(__name__)
+
+    def write(self):
+        storage = get_event_storage()
+        shown = [
+            f"{name}: {storage.history(name).median(20):.4f}"
+            for name in ("patch_iou", "score_accuracy")
+            if name in storage.histories()
+        ]
+        if shown:
+            self.logger.info(f" iter: {storage.iter}  {'  '.join(shown)}")
 
 
 class Trainer(DefaultTrainer):
@@ -59,6 +79,9 @@ class Trainer(DefaultTrainer):
     def build_hooks(self):
         seeding = [_SeedStep(self.cfg.SEED)] if self.cfg.SEED >= 0 else []
         return seeding + super().build_hooks()
+
+    def build_writers(self):
+        return [*super().build_writers(), _PatchPrinter()]
 
     def resume_or_load(self, resume: bool = True):
         super().resume_or_load(resume)

@@ -20,6 +20,8 @@ from PIL import Image
 from sharpmask_d2.data import PatchMapper, WindowSampler, build_patch_test_loader, register_datasets
 from sharpmask_d2.data.loader import PatchBatches, PatchTrainLoader, build_patch_train_loader, category_weights
 from sharpmask_d2.data.objects import ImageObjects, cut_region, read_objects, render_mask
+from sharpmask_d2.data.patch_mapper import _jitter_colors
+from sharpmask_d2.data.window_sampling import WindowSamples
 from sharpmask_d2.modeling.windows import label_windows, object_windows
 
 WINDOW = 160
@@ -353,6 +355,19 @@ def test_mapper_gives_what_the_network_takes(make_dataset, tiny_cfg, tmp_path):
     assert make_mapper(tiny_cfg, is_train=False).mask_size == 160
 
 
+def test_patch_is_the_window_with_context_around_it(picture, tiny_cfg):
+    """A window of 80 pixels becomes the middle 160 of a patch of 192, which shows 96."""
+    objects, window = image_objects([(5, 5, 45, 30)]), np.array([[-10.0, -20, 70, 60]])
+    one = np.ones(1, bool)
+    mapper = make_mapper(tiny_cfg)
+    mapper.flip = False
+    mapper.sampler = lambda *_: WindowSamples(window, np.ones(1, int), np.zeros(1, int), one, one)
+    sample = mapper.cut(picture, objects, np.random.default_rng(0))
+    expected = cut_region(picture, (-18, -28, 96), 192, 127.5)
+    np.testing.assert_array_equal(sample["patches"][0].permute(1, 2, 0), expected)
+    np.testing.assert_array_equal(sample["masks"][0], render_mask(objects.segmentations[0], (-10, -20, 80), 160))
+
+
 @pytest.mark.parametrize("exif", [False, True], ids=["upright", "exif"])
 @pytest.mark.parametrize("rle", [False, True], ids=["polygons", "rle"])
 def test_masks_lie_on_the_drawn_objects(make_dataset, tiny_cfg, tmp_path, exif, rle):
@@ -449,6 +464,29 @@ def test_color_jitter_moves_brightness_contrast_and_saturation(make_dataset, tin
     sample = [mapper(dataset_dict, np.random.default_rng(seed))["patches"].float() for seed in range(12)]
     spread = torch.tensor([[x.mean(), (x.amax(1) - x.amin(1)).amax()] for x in sample])
     assert (spread.std(dim=0) > 3).all()
+
+
+@pytest.mark.parametrize(
+    ("factors", "expected"),
+    [
+        ((1, 1, 1), [[10, 40, 100], [60, 90, 60]]),
+        ((0, 1, 1), [[50, 50, 50], [70, 70, 70]]),
+        ((0.5, 1, 1), [[30, 45, 75], [65, 80, 65]]),
+        ((1, 0, 1), [[60, 60, 60], [60, 60, 60]]),
+        ((1, 0.5, 1), [[35, 50, 80], [60, 75, 60]]),
+        ((1, 1, 2), [[20, 80, 200], [120, 180, 120]]),
+        ((0.5, 0.5, 2), [[90, 105, 135], [125, 140, 125]]),
+    ],
+)
+def test_saturation_contrast_and_brightness(factors, expected):
+    """Towards the pixel's mean (50 and 70), towards the image's mean (60), and away from black."""
+
+    class Given:
+        def uniform(self, low, high, count):
+            return factors
+
+    image = np.array([[[10, 40, 100], [60, 90, 60]]], np.uint8)
+    np.testing.assert_array_equal(_jitter_colors(image, 0.2, Given()), [expected])
 
 
 def test_image_without_objects_gives_negatives(make_dataset, tiny_cfg, tmp_path):
@@ -578,6 +616,9 @@ def test_only_images_with_targets_are_read(make_dataset, tiny_cfg, tmp_path):
     stream = PatchBatches(dicts, make_mapper(tiny_cfg), images_per_batch=2, seed=0)
     # By the number of objects: every object of the dataset is as likely as any other.
     np.testing.assert_allclose(stream.probabilities, [1 / 4, 3 / 4, 0])
+    drawn = [image["image_id"] for batch in first(stream, 20) for image in batch]
+    assert set(drawn) == {1, 2}
+    assert 20 < drawn.count(2) < 38
 
 
 def test_nothing_to_learn_from(make_dataset, tiny_cfg, tmp_path):

@@ -7,7 +7,7 @@ from .common.base import model as released
 from .deepmask_lite0 import dataloader, lr_multiplier, mapper, model, optimizer, train
 
 model.pyramid.network.mask_branch = released.pyramid.network.mask_branch
-model.pyramid.network.mask_branch.features = L(dict)(
+model.pyramid.network.mask_branch.features = L("builtins.dict")(
     s16=L(ShapeSpec)(channels=112, stride=16),
     s8=L(ShapeSpec)(channels=40, stride=8),
     s4=L(ShapeSpec)(channels=24, stride=4),

@@ -64,7 +64,7 @@ model = L(SharpMaskProposalNetwork)(
                 score_dim=1024,
             ),
             mask_branch=L(SharpMaskRefinement)(
-                features=L(dict)(
+                features=L("builtins.dict")(
                     res4=L(ShapeSpec)(channels=1024, stride=16),
                     res3=L(ShapeSpec)(channels=512, stride=8),
                     res2=L(ShapeSpec)(channels=256, stride=4),
