@@ -21,7 +21,7 @@ from .visualization import choose_distinct, draw_masks
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 
 # How many proposals a picture shows, of those that differ.
-_SHOWN = 12
+_SHOWN = 8
 
 
 class InputImage(NamedTuple):

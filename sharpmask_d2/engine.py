@@ -1,8 +1,7 @@
 """Training and evaluation in Detectron2's manner."""
 
-from typing import Optional
-
 import logging
+from typing import Optional
 
 import torch
 from detectron2.data import build_detection_test_loader
@@ -87,6 +86,15 @@ class Trainer(DefaultTrainer):
         super().resume_or_load(resume)
         if self.cfg.MODEL.META_ARCHITECTURE == ARCHITECTURE:
             self._trainer.data_loader.start = self.start_iter
+
+    # Detectron2 0.6 leaves the optimizer out of its checkpoints, so that a resumed run would lose its momentum; later ones do this.
+    def state_dict(self):
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
 
     @classmethod
     def build_model(cls, cfg) -> nn.Module:

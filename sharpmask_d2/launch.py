@@ -15,6 +15,7 @@ from pathlib import Path
 
 import sharpmask_d2
 from detectron2.config import defaults
+from detectron2.utils.logger import setup_logger
 from sharpmask_d2.data import register_datasets
 
 # Tells spawned processes what to run: {"script": path, "datasets": [...]}.
@@ -22,7 +23,7 @@ _VARIABLE = "SHARPMASK_D2_LAUNCH"
 
 
 def prepare(datasets: list) -> None:
-    """Make `get_cfg()` know the package's keys, and register datasets.
+    """Make `get_cfg()` know the package's keys, register datasets, and show what the package logs.
 
     Args:
         datasets: see `data.register_datasets`.
@@ -30,6 +31,8 @@ def prepare(datasets: list) -> None:
     # get_cfg copies this object, so it does not matter who has imported get_cfg already.
     sharpmask_d2.add_sharpmask_config(defaults._C)
     register_datasets(datasets)
+    # Scripts set up Detectron2's own logger only.
+    setup_logger(name="sharpmask_d2")
 
 
 def run(script: str, arguments: list, datasets: list = ()) -> None:

@@ -8,6 +8,7 @@
 import argparse
 
 import sharpmask_d2
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
@@ -35,6 +36,8 @@ def main(args: argparse.Namespace):
     cfg = get_cfg()
     sharpmask_d2.add_sharpmask_config(cfg)
     cfg.merge_from_file(args.config_file)
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
     cfg.merge_from_list(args.opts)
     cfg.freeze()
     default_setup(cfg, args)

@@ -3,7 +3,7 @@
 from detectron2.config import LazyCall as L
 from sharpmask_d2.modeling.heads import CoarseMask
 
-from .common.base import dataloader, lr_multiplier, mapper, model, optimizer, train
+from .common.base import dataloader, lr_multiplier, mapper, model, optimizer, train  # noqa: F401
 
 model.pyramid.network.mask_branch = L(CoarseMask)(embed_dim="${..head.embed_dim}", mask_size=56)
 model.pyramid.network.trunk.out_features = ["res4"]

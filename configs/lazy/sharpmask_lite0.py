@@ -4,7 +4,7 @@ from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 
 from .common.base import model as released
-from .deepmask_lite0 import dataloader, lr_multiplier, mapper, model, optimizer, train
+from .deepmask_lite0 import dataloader, lr_multiplier, mapper, model, optimizer, train  # noqa: F401
 
 model.pyramid.network.mask_branch = released.pyramid.network.mask_branch
 model.pyramid.network.mask_branch.features = L("builtins.dict")(
@@ -19,8 +19,8 @@ mapper.mask_size = "${mapper.window_size}"
 mapper.sampler.mask_fraction = 1.0
 dataloader.train.total_batch_size = 4
 
-lr_multiplier.warmup_length = 200 / 2000
-train.max_iter = 2000
+lr_multiplier.warmup_length = 200 / 1600
+train.max_iter = 1600
 train.init_checkpoint = "output/lazy_deepmask_lite0/model_final.pth"
 train.output_dir = "output/lazy_sharpmask_lite0"
 del released

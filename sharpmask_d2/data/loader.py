@@ -70,9 +70,15 @@ class PatchTrainLoader:
 
     def __iter__(self):
         self.batches.start = self.start
-        # One thread a worker: OpenCV's would fight the trainer for the cores.
         yield from DataLoader(
-            self.batches, batch_size=None, num_workers=self.num_workers, worker_init_fn=_one_thread, collate_fn=None
+            self.batches,
+            batch_size=None,
+            num_workers=self.num_workers,
+            # One thread a worker: OpenCV's would fight the trainer for the cores.
+            worker_init_fn=_one_thread,
+            collate_fn=None,
+            # Its own: starting would draw from torch's, and a resumed training would see other dropout in its first step.
+            generator=torch.Generator(),
         )
 
 

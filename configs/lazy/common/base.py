@@ -27,7 +27,7 @@ mapper = L(PatchMapper)(
         mask_fraction=0.5,
         shared_positives=False,
         near_negatives=0.0,
-        label_rule=dict(positive_shift=16.0, positive_octaves=0.25, negative_shift=48.0, negative_octaves=2.5),
+        label_rule={"positive_shift": 16.0, "positive_octaves": 0.25, "negative_shift": 48.0, "negative_octaves": 2.5},
     ),
     window_size=160,
     context=32,
@@ -98,22 +98,22 @@ model = L(SharpMaskProposalNetwork)(
     score_loss_weight=1.0,
 )
 
-dataloader = dict(
-    train=L(build_patch_train_loader)(
+dataloader = {
+    "train": L(build_patch_train_loader)(
         dataset=L(get_detection_dataset_dicts)(names="coco_2014_train", filter_empty=True),
         mapper="${mapper}",
         total_batch_size=8,
         balance_categories=True,
         num_workers=2,
     ),
-    test=L(build_detection_test_loader)(
+    "test": L(build_detection_test_loader)(
         dataset=L(get_detection_dataset_dicts)(names="coco_2014_minival", filter_empty=False),
         # Images keep their size: the pyramid's scales refer to it.
         mapper=L(DatasetMapper)(is_train=False, augmentations=[], image_format="${mapper.image_format}"),
         num_workers=2,
     ),
-    evaluator=L(ProposalEvaluator)(dataset_name="${..test.dataset.names}"),
-)
+    "evaluator": L(ProposalEvaluator)(dataset_name="${..test.dataset.names}"),
+}
 
 optimizer = L(torch.optim.SGD)(
     params=L(optimizer_params)(base_lr="${..lr}", trunk_multiplier=1.0, weight_decay="${..weight_decay}"),
@@ -124,22 +124,21 @@ optimizer = L(torch.optim.SGD)(
 
 # Of 300 epochs of 4000 batches; lr / 2 from epoch 51, lr / 10 from epoch 121.
 lr_multiplier = L(WarmupParamScheduler)(
-    scheduler=L(MultiStepParamScheduler)(
-        values=[1.0, 0.5, 0.1], milestones=[200000, 480000], num_updates="${train.max_iter}"
-    ),
+    # The last milestone is the end; another train.max_iter stretches or shrinks them all.
+    scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.5, 0.1], milestones=[200000, 480000, 1200000]),
     warmup_factor=0.0,
     warmup_length=0.0,
 )
 
-train = dict(
-    output_dir="./output",
-    init_checkpoint="",
-    max_iter=1200000,
+train = {
+    "output_dir": "./output",
+    "init_checkpoint": "",
+    "max_iter": 1200000,
     # Detectron2's trainer for it needs CUDA.
-    amp=dict(enabled=False),
-    ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
-    checkpointer=dict(period=4000, max_to_keep=100),
-    eval_period=40000,
-    log_period=20,
-    device="cuda",
-)
+    "amp": {"enabled": False},
+    "ddp": {"broadcast_buffers": False, "find_unused_parameters": False, "fp16_compression": False},
+    "checkpointer": {"period": 4000, "max_to_keep": 100},
+    "eval_period": 40000,
+    "log_period": 20,
+    "device": "cuda",
+}
