@@ -16,7 +16,7 @@ from pathlib import Path
 import sharpmask_d2
 from detectron2.config import defaults
 from detectron2.utils.logger import setup_logger
-from sharpmask_d2.data import register_datasets
+from sharpmask_d2.data import add_dataset_option, register_datasets
 
 # Tells spawned processes what to run: {"script": path, "datasets": [...]}.
 _VARIABLE = "SHARPMASK_D2_LAUNCH"
@@ -75,14 +75,7 @@ def _main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m sharpmask_d2.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "JSON", "IMAGE_ROOT"),
-        help="register a dataset in COCO format; repeatable",
-    )
+    add_dataset_option(parser)
     parser.add_argument("script", metavar="SCRIPT.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
     args = parser.parse_args()

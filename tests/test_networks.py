@@ -365,13 +365,13 @@ class ToyTrunk(Backbone):
         return outputs
 
 
-def _toy_network(refinement: bool, head: str = "C") -> SharpMaskNetwork:
+def _toy_network(refinement: bool, skips: tuple = ("s16", "s8", "s4", "s2")) -> SharpMaskNetwork:
     torch.manual_seed(0)
     trunk = ToyTrunk()
     shapes = trunk.output_shape()
     if refinement:
         branch = SharpMaskRefinement(
-            features={name: shapes[name] for name in ("s16", "s8", "s4", "s2")},
+            features={name: shapes[name] for name in skips},
             embed_dim=16,
             window_size=64,
             channels=16,
@@ -386,7 +386,7 @@ def _toy_network(refinement: bool, head: str = "C") -> SharpMaskNetwork:
     return SharpMaskNetwork(
         trunk=trunk,
         in_feature="s16",
-        head=WindowHead(variant=head, in_channels=12, window_cells=4, reduced_channels=8, embed_dim=16, score_dim=16),
+        head=WindowHead(variant="C", in_channels=12, window_cells=4, reduced_channels=8, embed_dim=16, score_dim=16),
         mask_branch=branch,
         window_size=64,
         context=32,
@@ -436,33 +436,8 @@ def test_a_patch_says_the_same_as_its_window_of_the_full_image(refinement, grid_
 
 
 def test_the_refined_mask_agrees_away_from_the_border():
-    # With one skip feature the convolutions see three cells of the coarsest grid (48 pixels) at most, so a large window has a middle
-    # they do not reach from outside.
-    torch.manual_seed(0)
-    trunk = ToyTrunk()
-    shapes = trunk.output_shape()
-    branch = SharpMaskRefinement(
-        features={"s4": shapes["s4"], "s2": shapes["s2"]},
-        embed_dim=16,
-        window_size=64,
-        channels=16,
-        schedule="b",
-        form="refactored",
-        vertical_convs=2,
-        horizontal_convs=3,
-        upsampling="nearest",
-    )
-    head = WindowHead(variant="C", in_channels=12, window_cells=4, reduced_channels=8, embed_dim=16, score_dim=16)
-    network = SharpMaskNetwork(
-        trunk=trunk,
-        in_feature="s16",
-        head=head,
-        mask_branch=branch,
-        window_size=64,
-        context=32,
-        pixel_mean=[0.0] * 3,
-        pixel_std=[255.0] * 3,
-    ).eval()
+    # With the fine skip features alone the convolutions see 31 pixels, so the middle of the window is out of reach from outside.
+    network = _toy_network(refinement=True, skips=("s4", "s2"))
     padded = torch.rand(1, 3, 160, 192, generator=torch.Generator().manual_seed(1)) * 255
     y, x = torch.tensor([2]), torch.tensor([3])
     with torch.no_grad():

@@ -253,3 +253,26 @@ def test_pictures_show_distinct_masks():
     picture = draw_masks(np.full((20, 30, 3), 100, np.uint8), [rles[0]])
     assert (picture[10, 20] == 100).all()
     assert (picture[10, 5] != 100).any()
+
+
+def test_autocast_gives_nearly_the_same_proposals(tiny_cfg):
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg).eval()
+    image = torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(0)) * 255
+    exact = model([{"image": image}])[0]["proposals"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model([{"image": image}])[0]["proposals"]
+    assert rounded.proposal_masks.logits.dtype == torch.bfloat16
+    scale = exact.objectness_logits.abs().max()
+    assert (exact.objectness_logits - rounded.objectness_logits).abs().max() <= 0.05 * scale
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_same_proposals(tiny_cfg):
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg).eval()
+    image = torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(0)) * 255
+    expected = model([{"image": image}])[0]["proposals"]
+    found = model.cuda()([{"image": image}])[0]["proposals"].to("cpu")
+    torch.testing.assert_close(found.objectness_logits, expected.objectness_logits, atol=1e-2, rtol=1e-2)

@@ -14,20 +14,13 @@ from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from sharpmask_d2.data import register_datasets
+from sharpmask_d2.data import add_dataset_option, register_datasets
 from sharpmask_d2.engine import Trainer
 
 
 def parse_args() -> argparse.Namespace:
     parser = default_argument_parser(epilog=__doc__)
-    parser.add_argument(
-        "--dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "JSON", "IMAGE_ROOT"),
-        help="register a dataset in COCO format; repeatable",
-    )
+    add_dataset_option(parser)
     return parser.parse_args()
 
 

@@ -19,8 +19,8 @@ mapper.mask_size = "${mapper.window_size}"
 mapper.sampler.mask_fraction = 1.0
 dataloader.train.total_batch_size = 4
 
-lr_multiplier.warmup_length = 200 / 1600
-train.max_iter = 1600
+lr_multiplier.warmup_length = 200 / 4000
+train.max_iter = 4000
 train.init_checkpoint = "output/lazy_deepmask_lite0/model_final.pth"
 train.output_dir = "output/lazy_sharpmask_lite0"
 del released

@@ -1,9 +1,22 @@
 """Registering datasets in COCO format by name."""
 
+import argparse
 import os
 
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
+
+
+def add_dataset_option(parser: argparse.ArgumentParser) -> None:
+    """Give a script the repeatable option `--dataset NAME JSON IMAGE_ROOT`, for `register_datasets`."""
+    parser.add_argument(
+        "--dataset",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "JSON", "IMAGE_ROOT"),
+        help="register a dataset in COCO format; repeatable",
+    )
 
 
 def register_datasets(datasets: list) -> None:
