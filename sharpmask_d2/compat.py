@@ -7,6 +7,7 @@ Detectron2 but its top level, supplies what it misses; beside any other Detectro
 import importlib.util
 import sys
 import types
+import warnings
 
 import detectron2
 
@@ -68,7 +69,14 @@ def _supply_export_without_caffe2() -> None:
     sys.modules["detectron2.export.api"] = api
 
 
+def _silence_old_ways() -> None:
+    # What Detectron2 0.6 does at import and nobody who only uses it can change.
+    warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="pkg_resources is deprecated", category=UserWarning)
+
+
 if detectron2.__version__ == "0.6":
+    _silence_old_ways()
     _supply_removed_names()
     if importlib.util.find_spec("caffe2") is None:
         _supply_export_without_caffe2()

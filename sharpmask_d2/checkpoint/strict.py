@@ -41,6 +41,8 @@ class StrictCheckpointer(DetectionCheckpointer):
             names = sorted({*missing, *wrong})
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             raise _WrongModelError(f"it lacks, or has in another shape, {', '.join(names[:4])}{more}")
+        # Not worth a warning here: see the class.
+        incompatible.unexpected_keys.clear()
         return incompatible
 
 
