@@ -6,6 +6,7 @@ import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
 import itertools
 import json
+import signal
 
 import cv2
 import numpy as np
@@ -608,6 +609,21 @@ def test_loader_gives_the_same_batches_with_any_number_of_workers(batches, num_w
     # A trainer asks for the iterator first and resumes later.
     loader.start = 2
     assert_same_batches(list(itertools.islice(iterator, 2)), first(batches(start=2), 2))
+
+
+def test_workers_start_after_opencv_ran_in_threads(batches):
+    def give_up(*_):
+        raise TimeoutError("the worker waits for OpenCV's threads, which it has not inherited")
+
+    cv2.setNumThreads(2)
+    cv2.resize(np.zeros((1000, 1000, 3), np.uint8), (1500, 1500), interpolation=cv2.INTER_LINEAR)
+    previous = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    try:
+        assert_same_batches(first(PatchTrainLoader(batches(), num_workers=1), 1), first(batches(), 1))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def test_only_images_with_targets_are_read(make_dataset, tiny_cfg, tmp_path):

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 
+import cv2
 import numpy as np
 import torch
 from detectron2.config import configurable
@@ -70,23 +71,21 @@ class PatchTrainLoader:
 
     def __iter__(self):
         self.batches.start = self.start
-        yield from DataLoader(
+        yield from _loader(
             self.batches,
             batch_size=None,
             num_workers=self.num_workers,
-            # One thread a worker: OpenCV's would fight the trainer for the cores.
-            worker_init_fn=_one_thread,
             collate_fn=None,
             # Its own: starting would draw from torch's, and a resumed training would see other dropout in its first step.
             generator=torch.Generator(),
         )
 
 
-def _one_thread(worker_id: int) -> None:
-    import cv2
-
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
+def _loader(dataset, **options) -> DataLoader:
+    """A loader whose workers cut patches with one thread each, so that they do not fight the trainer for the cores."""
+    # Here and not in the workers: a forked process waits for ever for OpenCV's threads of its parent when it changes their number.
+    cv2.setNumThreads(0)
+    return DataLoader(dataset, **options)
 
 
 def category_weights(objects: Iterable) -> dict:
@@ -163,6 +162,4 @@ def build_patch_test_loader(cfg, dataset_name: str) -> DataLoader:
     mapper = PatchMapper(cfg, category_weights={}, is_train=False)
     share = list(enumerate(dicts))[comm.get_rank() :: comm.get_world_size()]
     patches = FixedPatches(share, mapper)
-    return DataLoader(
-        patches, batch_size=1, num_workers=cfg.DATALOADER.NUM_WORKERS, collate_fn=list, worker_init_fn=_one_thread
-    )
+    return _loader(patches, batch_size=1, num_workers=cfg.DATALOADER.NUM_WORKERS, collate_fn=list)
