@@ -17,9 +17,9 @@ class WindowHead(nn.Module):
 
     The mask path is the same in all: a 1x1 reduction with ReLU, then a linear layer over the window to the embedding. The score path is
 
-    * `original`: 2x2 max pooling of the reduced map, a layer over the window to E units, SCORE_DIM units, the score (DeepMask, where
+    * `original`: 2x2 max pooling of the trunk's feature, a layer over the window to E units, SCORE_DIM units, the score (DeepMask, where
       F = E = 512);
-    * `A`: the same with its own narrow reduction instead of a pooled wide map: 1x1 to F, 2x2 max pooling, SCORE_DIM units, the score;
+    * `A`: a 1x1 reduction to F of its own, 2x2 max pooling, SCORE_DIM units, the score;
     * `B`: max pooling of the map that the mask path reduced, SCORE_DIM units, the score;
     * `C`: SCORE_DIM units and the score, from the embedding itself (released).
 
@@ -62,7 +62,7 @@ class WindowHead(nn.Module):
         # Dilation 2: on a full image the pooling runs at stride 1, so that every window finds its own cells.
         over_pooled = {"kernel_size": pooled_cells, "dilation": 2}
         if variant == "original":
-            first = [nn.Conv2d(reduced_channels, embed_dim, **over_pooled), nn.ReLU(), nn.Dropout(0.5)]
+            first = [nn.Conv2d(in_channels, embed_dim, **over_pooled), nn.ReLU(), nn.Dropout(0.5)]
             first += [nn.Conv2d(embed_dim, score_dim, 1)]
         elif variant == "A":
             self.score_reduce = nn.Conv2d(in_channels, reduced_channels, 1)
@@ -86,7 +86,9 @@ class WindowHead(nn.Module):
         if self.variant == "C":
             source = embeddings
         else:
-            source = self.score_reduce(features).relu_() if self.variant == "A" else reduced
+            source = features if self.variant == "original" else reduced
+            if self.variant == "A":
+                source = self.score_reduce(features).relu_()
             source = max_pool2d(source, kernel_size=2, stride=1)
         return self.score(source)[:, 0], embeddings
 
