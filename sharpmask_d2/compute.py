@@ -131,7 +131,7 @@ def compute_proposals(
     predictor = ProposalPredictor(cfg)
     if visualize:
         Path(visualize).mkdir(parents=True, exist_ok=True)
-    broken, count = 0, 0
+    broken = 0
     todo = [image for image in images if image.image_id not in writer.done]
     if len(todo) < len(images):
         print(f"{len(images) - len(todo)} of {len(images)} images are done already, in {writer.partial}")
@@ -146,10 +146,9 @@ def compute_proposals(
         if visualize:
             _write_picture(pixels, results, Path(visualize) / f"{image.path.stem}.jpg")
         writer.add(image.image_id, results)
-        count += len(results)
     # With the partial file, a run after the images are mended has to do only those.
-    writer.finish(pkl or "", keep_partial=broken > 0)
-    print(f"wrote {count} proposals of {len(todo) - broken} images: {output}" + (f", {pkl}" if pkl else ""))
+    count = writer.finish(pkl or "", keep_partial=broken > 0)
+    print(f"wrote {count} proposals of {len(writer.done)} images: {output}" + (f", {pkl}" if pkl else ""))
     if visualize:
         print(f"wrote pictures of them: {visualize}")
     if broken:

@@ -102,19 +102,24 @@ class ProposalWriter:
             for line in lines:
                 yield json.loads(line)
 
-    def finish(self, pickle_path: str = "", *, keep_partial: bool = False) -> None:
+    def finish(self, pickle_path: str = "", *, keep_partial: bool = False) -> int:
         """Write the JSON and, where a path is given, the pickle; each appears under its name only when it is whole.
 
         Args:
             pickle_path: for Detectron2's precomputed proposals.
             keep_partial: leave the partial file, for a run that has to be continued.
+
+        Returns:
+            how many results the JSON holds.
         """
         self._file.close()
+        count = 0
         temporary = self.output.with_name(self.output.name + ".tmp")
         with open(temporary, "w") as out:
             out.write("[")
             separator = "\n"
             for entry in self.entries():
+                count += len(entry["results"])
                 for result in entry["results"]:
                     out.write(separator + json.dumps(result))
                     separator = ",\n"
@@ -124,6 +129,7 @@ class ProposalWriter:
             write_pickle(self.entries(), pickle_path)
         if not keep_partial:
             self.partial.unlink()
+        return count
 
 
 def write_pickle(entries, path: str) -> None:

@@ -102,7 +102,7 @@ def test_a_stopped_run_goes_on_behind_the_last_whole_line(tmp_path):
     assert again.done == {7, 8}
     again.add(9, [])
     again.add(10, [{"image_id": 10, "bbox": [0, 0, 1, 1], "score": 0.5}])
-    again.finish()
+    assert again.finish() == 3
     assert [r["image_id"] for r in json.loads(output.read_text())] == [7, 8, 10]
 
 
