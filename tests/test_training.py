@@ -184,6 +184,22 @@ def test_eval_only_prints_patch_metrics_and_average_recall(cfg, drawn):
     assert not Path(cfg.OUTPUT_DIR, "model_final.pth").exists()
 
 
+def test_eval_only_refuses_the_checkpoint_of_another_model(cfg, drawn, tmp_path):
+    torch.save({"model": {"somebody.elses": torch.zeros(1)}}, tmp_path / "other.pth")
+    cfg.DATASETS.TEST = (NAME,)
+    cfg.MODEL.WEIGHTS = str(tmp_path / "other.pth")
+    done = subprocess.run(
+        command(cfg, drawn, "--eval-only"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "other.pth does not fit this model" in done.stdout
+
+
 class _Poison(hooks.HookBase):
     """Makes the loss NaN from an iteration on."""
 

@@ -9,11 +9,11 @@ import argparse
 
 import sharpmask_d2
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from sharpmask_d2.checkpoint import StrictCheckpointer
 from sharpmask_d2.data import add_dataset_option, register_datasets
 from sharpmask_d2.engine import Trainer
 
@@ -37,7 +37,8 @@ def main(args: argparse.Namespace):
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sharpmask_d2")
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        # A checkpoint of another model would give figures that mean nothing.
+        StrictCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         return Trainer.test(cfg, model)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
