@@ -6,7 +6,7 @@ from detectron2.config import CfgNode as CN
 def add_sharpmask_config(cfg: CN) -> None:
     """Add the keys below to a Detectron2 config, in place.
 
-    The defaults are the released SharpMask (ResNet-50, `released` preset); `configs/` holds the others.
+    The defaults are the released SharpMask (ResNet-50), but for RESIZING; `configs/` holds the presets.
     """
     _C = cfg.MODEL.SHARPMASK = CN()
 
@@ -18,6 +18,9 @@ def add_sharpmask_config(cfg: CN) -> None:
     # Distance of neighbouring windows in pixels of the pyramid level (S of the ablation): the stride of IN_FEATURE, or a divisor
     # of it, reached by running the network on shifted images.
     _C.GRID_STRIDE = 16
+    # How images are resized to the levels of the pyramid, and coarse masks to their targets and windows: "antialiased" (pixels and
+    # cells are areas) or "released" (the original's bilinear sampler, which lays corner on corner and skips pixels).
+    _C.RESIZING = "antialiased"
 
     # --- input ---------------------------------------------------------------------------------------------------------
     # Channel order, mean and standard deviation of the network's own input, in 0..255. INPUT.FORMAT and MODEL.PIXEL_MEAN/STD

@@ -65,6 +65,13 @@ def test_parameter_counts_of_the_refinement_are_the_released_ones():
     assert _count(branch) == 2_750_516 + 2 * 9 + 1
 
 
+def test_unknown_resizing_is_answered_with_those_there_are():
+    cfg = _default_cfg(NAME="none")
+    cfg.MODEL.SHARPMASK.RESIZING = "nearest"
+    with pytest.raises(ValueError, match=r"RESIZING is 'nearest': choose from .*released"):
+        SharpMaskNetwork(cfg)
+
+
 # --- layers -------------------------------------------------------------------------------------------------------------
 
 
@@ -74,6 +81,15 @@ def test_mirror_pad_repeats_the_edge(padding):
     left, right, top, bottom = padding
     expected = np.pad(x.numpy(), [(0, 0), (0, 0), (top, bottom), (left, right)], mode="symmetric")
     np.testing.assert_array_equal(mirror_pad(x, padding).numpy(), expected)
+
+
+@pytest.mark.parametrize("padding", [(1, 1, 1, 1), (3, 3, 3, 3), (1, 2, 2, 1)])
+def test_mirrored_borders_count_as_constants_in_the_gradient_as_released(padding):
+    x = torch.rand(1, 2, 5, 6, requires_grad=True)
+    weights = torch.rand(1, 2, 5 + padding[2] + padding[3], 6 + padding[0] + padding[1])
+    (mirror_pad(x, padding) * weights).sum().backward()
+    left, _, top, _ = padding
+    assert torch.equal(x.grad, weights[:, :, top : top + 5, left : left + 6])
 
 
 def test_mirrored_padding_is_applied_to_every_convolution_of_the_resnet():

@@ -25,6 +25,7 @@ network.head.embed_dim = 256
 network.mask_branch = L(CoarseMask)(embed_dim="${..head.embed_dim}", mask_size=56)
 network.pixel_mean = [127.0, 127.0, 127.0]
 network.pixel_std = [128.0, 128.0, 128.0]
+network.resizing = "antialiased"
 model.score_loss_weight = 4.0
 
 mapper.context = 64

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 
 def mirror_pad(x: Tensor, padding: tuple) -> Tensor:
-    """Continue a map beyond its borders by mirroring it, the edge included (cba|abc|cba), as in the released code.
+    """Continue a map beyond its borders by mirroring it, the edge included (cba|abc|cba).
+
+    Its gradient is that of the released code, which takes the border for a constant: what flows into the border is dropped.
 
     Args:
         x: (B, C, H, W).
@@ -18,11 +20,30 @@ def mirror_pad(x: Tensor, padding: tuple) -> Tensor:
     Returns:
         (B, C, top + H + bottom, left + W + right).
     """
-    if max(padding) <= 1:
-        return F.pad(x, padding, mode="replicate") if any(padding) else x
+    if not any(padding):
+        return x
+    return _MirrorPad.apply(x, padding) if x.requires_grad and torch.is_grad_enabled() else _mirror(x, padding)
+
+
+def _mirror(x: Tensor, padding: tuple) -> Tensor:
+    if max(padding) == 1:
+        return F.pad(x, padding, mode="replicate")
     left, right, top, bottom = padding
     x = torch.cat([x[..., :left].flip(3), x, x[..., x.shape[3] - right :].flip(3)], dim=3)
     return torch.cat([x[:, :, :top].flip(2), x, x[:, :, x.shape[2] - bottom :].flip(2)], dim=2)
+
+
+class _MirrorPad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, padding: tuple) -> Tensor:
+        ctx.padding = padding
+        return _mirror(x, padding)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:
+        left, right, top, bottom = ctx.padding
+        height, width = gradient.shape[2:]
+        return gradient[:, :, top : height - bottom, left : width - right], None
 
 
 class MirroredConv2d(nn.Conv2d):

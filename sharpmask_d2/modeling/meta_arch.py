@@ -5,7 +5,6 @@ Shape letters: B patches of all images, P patches of an image, M mask side.
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Instances
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ..data.patch_mapper import PatchMapper
 from .losses import mask_iou, mask_loss, score_loss
 from .proposal_generator import ImagePyramid
+from .resizing import resize
 
 
 @META_ARCH_REGISTRY.register()
@@ -84,7 +84,7 @@ class SharpMaskProposalNetwork(nn.Module):
             torch.cat([x[key] for x in batched_inputs]).to(self.device)
             for key in ("masks", "labels", "pays_mask", "pays_score")
         )
-        masks = _resize_masks(masks, targets.shape[-1])
+        masks = self._resize_masks(masks, targets.shape[-1])
         losses = {"loss_mask": mask_loss(masks, targets, pays_mask)}
         if not self.pyramid.network.freeze_feedforward:
             losses["loss_score"] = score_loss(scores, labels, pays_score)
@@ -104,9 +104,12 @@ class SharpMaskProposalNetwork(nn.Module):
         patches = patches.flip(1) if self.flip_channels else patches
         return self.pyramid.network(patches.contiguous(memory_format=torch.channels_last))
 
+    def _resize_masks(self, masks: Tensor, size: int) -> Tensor:
+        return resize(masks[:, None], (size, size), self.pyramid.network.resizing)[:, 0]
+
     def _patch_outputs(self, batched_inputs: list) -> list:
         scores, masks = self._forward_patches(batched_inputs)
-        masks = _resize_masks(masks, self.pyramid.network.window_size)
+        masks = self._resize_masks(masks, self.pyramid.network.window_size)
         counts = [len(x["patches"]) for x in batched_inputs]
         return [{"scores": s, "masks": m} for s, m in zip(scores.split(counts), masks.split(counts))]
 
@@ -123,9 +126,3 @@ class SharpMaskProposalNetwork(nn.Module):
         resized.objectness_logits = proposals.objectness_logits
         resized.proposal_masks = masks
         return resized[resized.proposal_boxes.nonempty()]
-
-
-def _resize_masks(masks: Tensor, size: int) -> Tensor:
-    if masks.shape[-1] == size:
-        return masks
-    return F.interpolate(masks[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .heads import CoarseMask, WindowHead
 from .refinement import MultiscaleRefinement, SharpMaskRefinement, SkipRefinement
+from .resizing import RESIZINGS
 
 
 class WindowGrid(NamedTuple):
@@ -41,6 +42,7 @@ class SharpMaskNetwork(nn.Module):
         context: int,
         pixel_mean: list,
         pixel_std: list,
+        resizing: str = "antialiased",
         freeze_feedforward: bool = False,
     ):
         """
@@ -52,10 +54,11 @@ class SharpMaskNetwork(nn.Module):
             window_size: W in pixels.
             context: pixels of context around a patch, both sides together.
             pixel_mean, pixel_std: of the input in 0..255, in the network's channel order.
+            resizing: "antialiased" or "released" (see `resizing.resize`); what holds this network resizes its images and masks so.
             freeze_feedforward: train the refinement path only.
 
         Raises:
-            ValueError: sizes that do not fit the strides, or nothing to train.
+            ValueError: sizes that do not fit the strides, an unknown resizing, or nothing to train.
         """
         super().__init__()
         self.trunk, self.head, self.mask_branch = trunk, head, mask_branch
@@ -64,6 +67,9 @@ class SharpMaskNetwork(nn.Module):
         self.strides = {name: shape.stride for name, shape in trunk.output_shape().items()}
         self.stride = self.strides[in_feature]
         check_window_size(window_size, context, self.stride)
+        if resizing not in RESIZINGS:
+            raise ValueError(f"MODEL.SHARPMASK.RESIZING is {resizing!r}: choose from {RESIZINGS}")
+        self.resizing = resizing
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.freeze_feedforward = freeze_feedforward
@@ -99,6 +105,7 @@ class SharpMaskNetwork(nn.Module):
             "context": sharpmask.CONTEXT,
             "pixel_mean": sharpmask.PIXEL_MEAN,
             "pixel_std": sharpmask.PIXEL_STD,
+            "resizing": sharpmask.RESIZING,
             "freeze_feedforward": sharpmask.FREEZE_FEEDFORWARD,
         }
 
@@ -196,8 +203,8 @@ def _window_view(x: Tensor, size: int, step: int, grid_size: tuple) -> Tensor:
     """(B, C, h, w) -> a view (B, C, Y, X, size, size): the part of the map under every window."""
     short = [max(0, step * (cells - 1) + size - side) for cells, side in zip(grid_size, x.shape[2:])]
     if any(short):
-        # The coarse grid covers up to a stride more than the image has; that part is border.
-        x = F.pad(x, (0, short[1], 0, short[0]), mode="replicate")
+        # The coarse grid covers up to a stride more than the image has; that part is border, and empty as in the released code.
+        x = F.pad(x, (0, short[1], 0, short[0]))
     return x.unfold(2, size, step).unfold(3, size, step)
 
 

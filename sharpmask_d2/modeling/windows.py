@@ -87,6 +87,20 @@ def cell_windows(level: Level, ys: Tensor, xs: Tensor, window_size: int, stride:
     return torch.cat([(centres - half) * scale, (centres + half) * scale], dim=1)
 
 
+def corner_aligned(windows: Tensor, mask_size: int) -> Tensor:
+    """Windows of masks whose outermost cells have their centres on the window's edge, as the released code lays them.
+
+    Args:
+        windows: (N, 4) XYXY in the image, in pixels.
+        mask_size: cells along the side of a mask.
+
+    Returns:
+        (N, 4) XYXY: half a cell larger on every side, so that cells taken as areas have those centres.
+    """
+    half_cell = (windows[:, 2:] - windows[:, :2]) / (mask_size - 1) / 2
+    return torch.cat([windows[:, :2] - half_cell, windows[:, 2:] + half_cell], dim=1)
+
+
 def object_windows(boxes: Tensor, window_size: int) -> Tensor:
     """Canonical windows of objects: centred on the box, its larger side canonical.
 

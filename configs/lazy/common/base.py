@@ -83,6 +83,7 @@ model = L(SharpMaskProposalNetwork)(
             context="${mapper.context}",
             pixel_mean=[123.675, 116.28, 103.53],
             pixel_std=[58.395, 57.12, 57.375],
+            resizing="released",
             freeze_feedforward=False,
         ),
         exponents=[-2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5],

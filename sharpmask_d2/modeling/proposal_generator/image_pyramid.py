@@ -15,8 +15,9 @@ from torchvision.ops import nms
 
 from ...data.patch_mapper import PADDING_VALUE
 from ...structures import WindowMasks
+from ..resizing import resize
 from ..sharpmask import SharpMaskNetwork
-from ..windows import cell_windows, grid_shifts, level_padding, pyramid_levels
+from ..windows import cell_windows, corner_aligned, grid_shifts, level_padding, pyramid_levels
 
 
 class ImagePyramid(nn.Module):
@@ -110,16 +111,15 @@ class ImagePyramid(nn.Module):
             )
             windows.append(cell_windows(level, ys, xs, self.network.window_size, self.network.stride))
         back = order.argsort()
-        proposal_masks = WindowMasks(
-            torch.cat(masks)[back], torch.cat(windows)[back], image_size, threshold=self.mask_threshold
-        )
+        masks, windows = torch.cat(masks)[back], torch.cat(windows)[back]
+        if self.network.resizing == "released":
+            windows = corner_aligned(windows, masks.shape[-1])
+        proposal_masks = WindowMasks(masks, windows, image_size, threshold=self.mask_threshold)
         return self._instances(scores, proposal_masks)
 
     def level_image(self, image: Tensor, level) -> Tensor:
         """The image (3, H, W) at a level, with the border its windows need: (1, 3, h, w)."""
-        resized = image[None].float()
-        if level.size != level.image_size:
-            resized = F.interpolate(resized, size=level.size, mode="bilinear", align_corners=False, antialias=True)
+        resized = resize(image[None].float(), level.size, self.network.resizing)
         padding = level_padding(level, self.network.window_size, self.network.size_divisibility)
         padded = F.pad(resized, padding, value=PADDING_VALUE)
         return padded.contiguous(memory_format=torch.channels_last)
