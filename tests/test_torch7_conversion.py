@@ -1,0 +1,314 @@
+"""Conversion of drawn Torch7 models, against Torch7's modules run one by one; test_torch7_parity.py has the real files."""
+
+import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
+
+# isort: split
+
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from sharpmask_d2 import add_sharpmask_config
+from sharpmask_d2.checkpoint.torch7_conversion import (
+    ConversionError,
+    convert_content,
+    convert_torch7,
+    save_torch7_model,
+)
+from sharpmask_d2.checkpoint.torch7_reader import Torch7Error, parse_torch7
+from sharpmask_d2.predictor import ProposalPredictor
+from torch7_models import draw_deepmask, draw_sharpmask, published
+from torch7_network import LiteralDeepMask, LiteralSharpMask
+from torch7_writer import Object, Storage, Tensor, dumps
+
+WINDOW = 64
+NORMS = [
+    "nn.SpatialConstDiagonal",
+    "inn.ConstAffine",
+    "nn.SpatialBatchNormalization",
+    "cudnn.SpatialBatchNormalization",
+]
+
+
+def draw(kind: str = "deepmask", seed: int = 0, **options):
+    rng = np.random.default_rng(seed)
+    deepmask = draw_deepmask(rng, window=WINDOW, coarse=12, side=24, **options)
+    if kind == "deepmask":
+        return published(deepmask)
+    return published(draw_sharpmask(deepmask, rng, namespace=options.get("namespace", "cudnn")))
+
+
+def convert(content, **options):
+    return convert_content(parse_torch7(dumps(content, **options)), name="drawn.t7")
+
+
+def network_of(converted):
+    cfg = converted.cfg.clone()
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg).eval()
+    model.load_state_dict(converted.state, strict=False)
+    return model.pyramid.network
+
+
+def patches_for(network, seed: int = 0) -> tuple:
+    """Patches in 0..255, and normalised."""
+    side = network.window_size + network.context
+    patches = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 255
+    return patches, network.normalize(patches)
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    theirs = theirs.reshape(ours.shape).float()
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+@torch.no_grad()
+def assert_deepmask_computes_the_same(content, converted) -> None:
+    network = network_of(converted)
+    patches, normalised = patches_for(network)
+    scores, masks = network(patches)
+    literal = LiteralDeepMask(parse_torch7(dumps(content))["model"])
+    literal.forward_mask(normalised)
+    assert_close(masks, literal.coarse_mask)
+    assert_close(scores, literal.forward_score(normalised))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("namespace", "element"), [("cudnn", "Cuda"), ("nn", "Float")])
+def test_every_norm_and_both_namespaces_compute_what_torch7_computed(norm, namespace, element):
+    content = draw(norm=norm, namespace=namespace, element=element)
+    assert_deepmask_computes_the_same(content, convert(content))
+
+
+def test_old_batch_norm_keeps_the_inverse_deviation():
+    content = draw(norm="nn.SpatialBatchNormalization")
+
+    def rename(value) -> None:
+        fields = value.fields if isinstance(value, Object) else value
+        if isinstance(fields, dict) and "running_var" in fields:
+            variance = fields.pop("running_var").storage.array
+            deviation = (1 / np.sqrt(variance + fields["eps"])).astype(np.float32)
+            fields["running_std"] = Tensor(Storage(deviation, "Cuda"), deviation.shape)
+        for child in fields.values() if isinstance(fields, dict) else fields if isinstance(fields, list) else []:
+            if isinstance(child, (Object, dict, list)):
+                rename(child)
+
+    rename(content["model"])
+    assert_deepmask_computes_the_same(content, convert(content))
+
+
+def test_bottlenecks_and_depth_are_recognised():
+    content = draw(blocks=(3, 4, 6), bottleneck=True)
+    converted = convert(content)
+    trunk = converted.cfg.MODEL.SHARPMASK.TRUNK
+    assert (trunk.RESNET_DEPTH, trunk.STRIDE_IN_1X1, trunk.PADDING) == (50, False, "mirrored")
+    assert_deepmask_computes_the_same(content, converted)
+
+
+@torch.no_grad()
+def test_sharpmask_computes_what_torch7_computed_and_keeps_its_deepmask():
+    content = draw("sharpmask")
+    converted = convert(content, long_size=4)
+    network = network_of(converted)
+    patches, normalised = patches_for(network)
+    literal = LiteralSharpMask(parse_torch7(dumps(content))["model"])
+    assert_close(network(patches)[1], literal.forward(normalised))
+    assert converted.cfg.MODEL.SHARPMASK.REFINEMENT.CHANNELS == 16
+    converted.cfg.MODEL.SHARPMASK.REFINEMENT.NAME = "none"
+    deepmask = LiteralDeepMask(parse_torch7(dumps(draw()))["model"])
+    deepmask.forward_mask(normalised)
+    assert_close(network_of(converted)(patches)[1], deepmask.coarse_mask)
+
+
+def test_config_has_the_sizes_of_the_file():
+    sharpmask = convert(draw()).cfg.MODEL.SHARPMASK
+    sizes = {key: sharpmask[key] for key in ("WINDOW_SIZE", "CONTEXT", "REDUCED_CHANNELS", "EMBED_DIM", "SCORE_DIM")}
+    assert sizes == {"WINDOW_SIZE": 64, "CONTEXT": 32, "REDUCED_CHANNELS": 8, "EMBED_DIM": 12, "SCORE_DIM": 10}
+    assert (sharpmask.COARSE_MASK_SIZE, sharpmask.REFINEMENT.NAME, sharpmask.RESIZING) == (12, "none", "released")
+
+
+def test_the_tool_writes_a_checkpoint_and_a_config_that_run(tmp_path, monkeypatch, capsys):
+    (tmp_path / "model.t7").write_bytes(dumps(draw("sharpmask")))
+    output = tmp_path / "out" / "model.pth"
+    run_tool(monkeypatch, tmp_path / "model.t7", "--output", output)
+    assert str(output) in capsys.readouterr().out
+    cfg = get_cfg()
+    add_sharpmask_config(cfg)
+    cfg.merge_from_file(str(output.with_suffix(".yaml")))
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 5
+    assert str(output) == cfg.MODEL.WEIGHTS
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    assert len(ProposalPredictor(cfg)(image).proposal_masks) <= 5
+    assert sorted(path.name for path in output.parent.iterdir()) == ["model.pth", "model.yaml"]
+
+
+def run_tool(monkeypatch, *args) -> None:
+    monkeypatch.setattr(sys, "argv", ["convert_torch7.py", *map(str, args)])
+    runpy.run_path(str(ROOT / "tools" / "convert_torch7.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"nonsense", "not a whole Torch7 file"), (dumps([1]), "nn.DeepMask")]
+)
+def test_the_tool_ends_in_one_line_for_what_is_no_model(tmp_path, monkeypatch, capsys, content, message):
+    (tmp_path / "model.t7").write_bytes(content)
+    with pytest.raises(SystemExit, match="1"):
+        run_tool(monkeypatch, tmp_path / "model.t7", "--output", tmp_path / "model.pth")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(tmp_path / "model.t7") in error
+    assert message in error
+    assert not (tmp_path / "model.pth").exists()
+
+
+def test_a_checkpoint_needs_the_suffix_that_detectron2_knows(tmp_path):
+    with pytest.raises(ValueError, match=r"ends in \.pth"):
+        save_torch7_model(convert(draw()), tmp_path / "model.bin")
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.t7"):
+        convert_torch7(tmp_path / "none.t7")
+    (tmp_path / "empty.t7").touch()
+    with pytest.raises(Torch7Error, match=r"empty\.t7"):
+        convert_torch7(tmp_path / "empty.t7")
+
+
+# --- files of another structure: the module is named by its path ---------------------------------------------------------
+
+
+def modules(content) -> list:
+    """The trunk's modules: 0 stem, 1 norm, 2 ReLU, 3 pooling, 4 to 6 stages, 7 crop, 8 reduction, 9 ReLU, 10 view, 11 linear."""
+    return content["model"].fields["trunk"].fields["modules"]
+
+
+def unknown_module(content):
+    modules(content)[5].fields["modules"].append(Object("nn.SpatialDropout", p=0.5))
+
+
+def unknown_namespace(content):
+    modules(content)[2].class_name = "ccn2.ReLU"
+
+
+def other_order(content):
+    modules(content)[1], modules(content)[2] = modules(content)[2], modules(content)[1]
+
+
+def one_block_more(content):
+    modules(content)[5].fields["modules"].append(modules(content)[5].fields["modules"][1])
+
+
+def three_branches(content):
+    table = modules(content)[4].fields["modules"][0].fields["modules"][0]
+    table.fields["modules"].append(Object("nn.Identity"))
+
+
+def zeros_around_a_map(content):
+    modules(content)[7].fields.update(pad_l=1, pad_r=1, pad_t=1, pad_b=1)
+
+
+def one_border_of_zeros(content):
+    stem = modules(content)[0].fields["modules"]
+    stem.pop(0)
+    stem[0].fields.update(padW=3, padH=3)
+
+
+def no_border(content):
+    modules(content)[0].fields["modules"].pop(0)
+
+
+def groups(content):
+    modules(content)[8].fields["groups"] = 2
+
+
+def not_a_number(content):
+    modules(content)[11].fields["bias"] = np.array([np.nan] * 12, dtype=np.float32)
+
+
+def no_weight(content):
+    del modules(content)[11].fields["weight"]
+
+
+def weight_of_another_size(content):
+    modules(content)[8].fields["nInputPlane"] = 128
+
+
+def linear_of_another_size(content):
+    modules(content)[11].fields["weight"] = np.zeros((12, 100), dtype=np.float32)
+
+
+def no_score_branch(content):
+    del content["model"].fields["scoreBranch"]
+
+
+def longer_score_branch(content):
+    content["model"].fields["scoreBranch"].fields["modules"].append(Object("nn.Sigmoid"))
+
+
+def another_class(content):
+    content["model"].class_name = "nn.Sequential"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (unknown_module, r"unknown module nn\.SpatialDropout at model\.trunk\.modules\[6\]\.modules\[3\]"),
+        (unknown_namespace, r"unknown module ccn2\.ReLU at model\.trunk\.modules\[3\]"),
+        (other_order, r"at model\.trunk\.modules\[2\], found ReLU"),
+        (one_block_more, r"stages of \[2, 3, 2\] blocks"),
+        (three_branches, r"model\.trunk\.modules\[5\]\.modules\[1\]\.modules\[1\]"),
+        (zeros_around_a_map, r"model\.trunk\.modules\[8\] pads with zeros"),
+        (one_border_of_zeros, r"mirrored borders and others with zeros"),
+        (no_border, r"model\.trunk\.modules\[1\]\.modules\[1\] has an unusual border"),
+        (groups, r"model\.trunk\.modules\[9\] is a convolution in groups"),
+        (not_a_number, r"model\.trunk\.modules\[12\]\.bias has values that are not finite"),
+        (no_weight, r"model\.trunk\.modules\[12\] has no weight"),
+        (weight_of_another_size, r"model\.trunk\.modules\[9\]\.weight"),
+        (linear_of_another_size, r"head\.embed\.weight has 1200 values"),
+        (no_score_branch, r"expected a module at model\.scoreBranch"),
+        (longer_score_branch, r"Sigmoid.*model\.scoreBranch\.modules\[6\]"),
+        (another_class, r"expected an nn\.DeepMask or nn\.SharpMask as 'model', found a nn\.Sequential"),
+    ],
+)
+def test_another_structure_is_named_by_its_path(change, message):
+    content = draw()
+    change(content)
+    with pytest.raises(ConversionError, match=message) as caught:
+        convert(content)
+    assert str(caught.value).startswith("drawn.t7: ")
+
+
+def test_a_refinement_of_another_structure_is_named_by_its_path():
+    content = draw("sharpmask")
+    content["model"].fields["neths"][2].fields["modules"][-1].fields.update(kW=1)
+    with pytest.raises(ConversionError, match=r"model\.neths\[2\]\.modules\[9\]"):
+        convert(content)
+    content = draw("sharpmask")
+    del content["model"].fields["netvs"]
+    with pytest.raises(ConversionError, match=r"model\.netvs is missing"):
+        convert(content)
+
+
+def test_zero_borders_everywhere_are_a_trunk_with_zero_padding():
+    content = draw()
+
+    def unwrap(fields) -> None:
+        for i, child in enumerate(fields.get("modules", [])):
+            inner = child.fields.get("modules", [])
+            if inner and inner[0].class_name == "nn.SpatialSymmetricPadding":
+                pad = inner[0].fields["pad_l"]
+                inner[1].fields.update(padW=pad, padH=pad)
+                fields["modules"][i] = inner[1]
+            else:
+                unwrap(child.fields)
+
+    unwrap(content["model"].fields["trunk"].fields)
+    converted = convert(content)
+    assert converted.cfg.MODEL.SHARPMASK.TRUNK.PADDING == "zeros"
+    assert_deepmask_computes_the_same(content, converted)
