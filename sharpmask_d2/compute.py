@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -85,13 +86,13 @@ def build_config(
         num_proposals: instead of MODEL.SHARPMASK.TEST.NUM_PROPOSALS.
         opts: KEY VALUE pairs.
     """
-    cfg = model_zoo.get(model)
     if config_file:
-        device = cfg.MODEL.DEVICE
         cfg = get_cfg()
         add_sharpmask_config(cfg)
         cfg.merge_from_file(config_file)
-        cfg.MODEL.DEVICE = device
+        cfg.MODEL.DEVICE = model_zoo.device()
+    else:
+        cfg = model_zoo.get(model)
     if weights is not None:
         cfg.MODEL.WEIGHTS = weights
     if num_proposals is not None:
@@ -99,6 +100,33 @@ def build_config(
     cfg.merge_from_list(list(opts))
     cfg.freeze()
     return cfg
+
+
+def process_images(images: list, writer: ProposalWriter, work: Callable, *, desc: str) -> int:
+    """Work on the images that `writer` has not done yet, and let it keep the results; images that cannot be read are named.
+
+    Args:
+        images: list of InputImage.
+        writer: gets the results of each image.
+        work: makes them of an InputImage and its pixels (H, W, 3), uint8, BGR.
+        desc: what the progress bar says.
+
+    Returns:
+        how many images could not be read.
+    """
+    broken = 0
+    todo = [image for image in images if image.image_id not in writer.done]
+    if len(todo) < len(images):
+        print(f"{len(images) - len(todo)} of {len(images)} images are done already, in {writer.partial}")
+    for image in tqdm(todo, unit="image", desc=desc):
+        try:
+            pixels = read_image(str(image.path), format="BGR")
+        except (OSError, SyntaxError, ValueError) as error:
+            tqdm.write(f"cannot read image {image.image_id}, {image.path}: {error}; it is left out", file=sys.stderr)
+            broken += 1
+            continue
+        writer.add(image.image_id, work(image, np.ascontiguousarray(pixels)))
+    return broken
 
 
 def compute_proposals(
@@ -109,6 +137,7 @@ def compute_proposals(
     image_root: Optional[str] = None,
     visualize: Optional[str] = None,
     pkl: Optional[str] = None,
+    pkl_masks: bool = False,
     **config,
 ) -> int:
     """Compute proposals of images and write them; see tools/compute_proposals.py.
@@ -119,6 +148,7 @@ def compute_proposals(
         annotations, image_root: a COCO JSON and the folder of its images.
         visualize: folder for pictures.
         pkl: pickle to write.
+        pkl_masks: with the masks.
         config: see `build_config`.
 
     Returns:
@@ -131,23 +161,16 @@ def compute_proposals(
     predictor = ProposalPredictor(cfg)
     if visualize:
         Path(visualize).mkdir(parents=True, exist_ok=True)
-    broken = 0
-    todo = [image for image in images if image.image_id not in writer.done]
-    if len(todo) < len(images):
-        print(f"{len(images) - len(todo)} of {len(images)} images are done already, in {writer.partial}")
-    for image in tqdm(todo, unit="image", desc="proposals"):
-        try:
-            pixels = read_image(str(image.path), format="BGR")
-        except (OSError, SyntaxError, ValueError) as error:
-            tqdm.write(f"cannot read image {image.image_id}, {image.path}: {error}; it is left out", file=sys.stderr)
-            broken += 1
-            continue
-        results = to_results(predictor(np.ascontiguousarray(pixels)), image.image_id, **image.extra)
+
+    def work(image: InputImage, pixels: np.ndarray) -> list:
+        results = to_results(predictor(pixels), image.image_id, **image.extra)
         if visualize:
             _write_picture(pixels, results, Path(visualize) / f"{image.path.stem}.jpg")
-        writer.add(image.image_id, results)
+        return results
+
+    broken = process_images(images, writer, work, desc="proposals")
     # With the partial file, a run after the images are mended has to do only those.
-    count = writer.finish(pkl or "", keep_partial=broken > 0)
+    count = writer.finish(pkl or "", pickle_masks=pkl_masks, keep_partial=broken > 0)
     print(f"wrote {count} proposals of {len(writer.done)} images: {output}" + (f", {pkl}" if pkl else ""))
     if visualize:
         print(f"wrote pictures of them: {visualize}")

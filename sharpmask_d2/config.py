@@ -132,11 +132,69 @@ def add_sharpmask_config(cfg: CN) -> None:
     # --- evaluation while training and with --eval-only --------------------------------------------------------------------
     # Patches per image for the per-patch evaluator; 0 leaves it out.
     _C.TEST.PATCHES_PER_IMAGE = 8
-    # Compute proposals of full images and their average recall.
+    # Compute proposals of full images and their average recall; in a detector, of its generator.
     _C.TEST.FULL_IMAGES = True
+
+    # --- in a detector -----------------------------------------------------------------------------------------------------
+    # MODEL.PROPOSAL_GENERATOR.NAME: SharpMask.
+    _C.GENERATOR = CN()
+    # Checkpoint of the generator's network, loaded when it is built; "sharpmask_d2://lite0.pth" is in this package. Checkpoints of the
+    # detector then leave a frozen generator out.
+    _C.GENERATOR.WEIGHTS = ""
+    # Frozen generators are not trained. Others return mask and score losses, for which images need masks (MODEL.MASK_ON).
+    _C.GENERATOR.FROZEN = True
+    # Read the detector's features instead of running a trunk: IN_FEATURE and SKIP_FEATURES are then names of the backbone, and
+    # TEST.SCALES is [0.0].
+    _C.GENERATOR.SHARED_BACKBONE = False
+    # Longer side, in pixels, of the images that TEST.SCALES refer to; 0: the image as the detector resized it.
+    _C.GENERATOR.REFERENCE_SIDE = 0
+    # Windows of an image that pay losses, and the share of them, at most, that are positive.
+    _C.GENERATOR.WINDOWS_PER_IMAGE = 64
+    _C.GENERATOR.POSITIVE_FRACTION = 0.5
+    # Masks of detections: "proposal", those of the proposals they came from; "head", Detectron2's mask head; "none".
+    _C.DETECTION_MASKS = "proposal"
+
+    # --- backbones of detectors, beside Detectron2's own; MODEL.BACKBONE.FREEZE_AT counts their stages -----------------------
+    # build_timm_backbone and build_timm_fpn_backbone; NAME, PRETRAINED and NORM as in MODEL.SHARPMASK.TRUNK.
+    cfg.MODEL.TIMM = CN()
+    cfg.MODEL.TIMM.NAME = "tf_efficientnet_lite0"
+    cfg.MODEL.TIMM.PRETRAINED = ""
+    cfg.MODEL.TIMM.NORM = "folded"
+    cfg.MODEL.TIMM.OUT_FEATURES = ["s8", "s16", "s32"]
+    # build_vgg_backbone.
+    cfg.MODEL.VGG = CN()
+    cfg.MODEL.VGG.VARIANT = "D"
+    cfg.MODEL.VGG.OUT_FEATURES = ["conv3", "conv4", "conv5"]
+
+    # --- MultiPathROIHeads: the paper's parts, each of which can be switched off ---------------------------------------------
+    _M = cfg.MODEL.MULTIPATH = CN()
+    # Size of each crop around a RoI, in sizes of the RoI; [1.0] is one crop, the RoI.
+    _M.FOVEAL_FACTORS = [1.0, 1.5, 2.0, 4.0]
+    # Features that each crop reads, as many lists as FOVEAL_FACTORS; the last of a list is the one that remains without SKIP.
+    _M.LEVELS = [["conv3", "conv4", "conv5"], ["conv4", "conv5"], ["conv4", "conv5"], ["conv5"]]
+    # Normalise and mix what is pooled from LEVELS; False pools the last of each list alone and leaves it as it is.
+    _M.SKIP = True
+    # Factor on the pooled levels, which are normalised, before they are mixed.
+    _M.SKIP_SCALE = 1000.0
+    # Channels after mixing.
+    _M.MIX_CHANNELS = 512
+    # Chance that a unit behind a fully connected layer of MODEL.ROI_BOX_HEAD is dropped in training.
+    _M.DROPOUT = 0.5
+    # The box regressor has a crop and a tower of its own; otherwise it reads what the classifiers read.
+    _M.OWN_REGRESSOR_TOWER = True
+    # That crop's size and features.
+    _M.REGRESSOR_FACTOR = 1.5
+    _M.REGRESSOR_LEVELS = ["conv3", "conv4", "conv5"]
+    # IoU from which a RoI is foreground to each classifier of the integral loss, none below MODEL.ROI_HEADS.IOU_THRESHOLDS; one is an
+    # ordinary classifier.
+    _M.IOU_THRESHOLDS = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75]
+    # IoU from which boxes before non-maximum suppression vote for where a kept one lies; 0 is off.
+    _M.BOX_VOTING = 0.0
+    # Iterative localisation: times that the network runs on RoIs, from the second on those it predicted itself.
+    _M.ITERATIONS = 1
 
     # --- solver --------------------------------------------------------------------------------------------------------
     # "SGD" (Detectron2's own) or "ADAMW".
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Factor on the learning rate of the trunk.
+    # Factor on the learning rate of the trunk, or of a detector's backbone.
     cfg.SOLVER.TRUNK_MULTIPLIER = 1.0

@@ -1,21 +1,52 @@
 """Training and evaluation in Detectron2's manner."""
 
 import logging
+from collections import OrderedDict
 from typing import Optional
 
 import torch
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
-from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluators, inference_on_dataset, print_csv_format
+from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 from torch import nn
 
-from .data import build_patch_test_loader, build_patch_train_loader
-from .evaluation import PatchEvaluator, ProposalEvaluator
+from .data import (
+    build_patch_test_loader,
+    build_patch_train_loader,
+    build_proposal_test_loader,
+    build_proposal_train_loader,
+)
+from .data.proposal_mapper import find_test_file
+from .evaluation import (
+    GeneratedProposalEvaluator,
+    PatchEvaluator,
+    ProposalEvaluator,
+    WithGeneratedProposals,
+    evaluate_proposal_file,
+)
+from .modeling.roi_heads import ProposalMaskRes5ROIHeads, ProposalMaskROIHeads
 
 ARCHITECTURE = "SharpMaskProposalNetwork"
+
+
+def reads_proposal_masks(cfg) -> bool:
+    """Whether the model is a detector whose detections have the masks of precomputed proposals."""
+    model = cfg.MODEL
+    return (
+        model.LOAD_PROPOSALS
+        and model.META_ARCHITECTURE != ARCHITECTURE
+        and issubclass(ROI_HEADS_REGISTRY.get(model.ROI_HEADS.NAME), (ProposalMaskROIHeads, ProposalMaskRes5ROIHeads))
+        and model.SHARPMASK.DETECTION_MASKS == "proposal"
+    )
+
+
+def makes_proposals(cfg) -> bool:
+    """Whether the model is a detector with the online generator SharpMask."""
+    return cfg.MODEL.META_ARCHITECTURE != ARCHITECTURE and cfg.MODEL.PROPOSAL_GENERATOR.NAME == "SharpMask"
 
 
 class _CpuAutocastTrainer(SimpleTrainer):
@@ -105,7 +136,15 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg):
         if cfg.MODEL.META_ARCHITECTURE == ARCHITECTURE:
             return build_patch_train_loader(cfg)
+        if reads_proposal_masks(cfg):
+            return build_proposal_train_loader(cfg)
         return super().build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        if reads_proposal_masks(cfg):
+            return build_proposal_test_loader(cfg, dataset_name)
+        return super().build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_optimizer(cls, cfg, model):
@@ -119,34 +158,73 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
-        """Per-patch evaluation and average recall of proposals, as MODEL.SHARPMASK.TEST asks for.
+        """Evaluate a model as it fits it.
+
+        The stand-alone network: its patches and the average recall of its proposals, as MODEL.SHARPMASK.TEST asks for. A detector: COCO's
+        AP; and, where it makes its own proposals, their average recall, too (unless MODEL.SHARPMASK.TEST.FULL_IMAGES is off).
+
+        Args:
+            cfg: reads DATASETS.TEST.
+            model: with its weights.
+            evaluators: instead of all this, as Detectron2's `test` has it.
 
         Returns:
-            dict of results; with several datasets, one such dict for each name.
+            dict of results; with several datasets, one such dict for each name. Of the stand-alone network: patches, segm and bbox; of a
+            detector: bbox, segm if it has masks, proposal_bbox and proposal_segm.
         """
-        if cfg.MODEL.META_ARCHITECTURE != ARCHITECTURE:
+        if evaluators is not None:
             return super().test(cfg, model, evaluators)
-        test = cfg.MODEL.SHARPMASK.TEST
-        results = {}
-        for name in cfg.DATASETS.TEST:
-            results[name] = {}
-            if test.PATCHES_PER_IMAGE:
-                loader = build_patch_test_loader(cfg, name)
-                results[name].update(inference_on_dataset(model, loader, PatchEvaluator()))
-            if test.FULL_IMAGES:
-                loader = build_detection_test_loader(cfg, name)
-                results[name].update(inference_on_dataset(model, loader, cls.build_evaluator(cfg, name)))
-            if comm.is_main_process():
-                print_csv_format(results[name])
-        return next(iter(results.values())) if len(results) == 1 else results
+        evaluate = cls._test_network if cfg.MODEL.META_ARCHITECTURE == ARCHITECTURE else cls._test_detector
+        return _for_each_dataset(cfg, lambda name: evaluate(cfg, model, name))
+
+    @classmethod
+    def test_proposal_files(cls, cfg):
+        """Average recall of the files of DATASETS.PROPOSAL_FILES_TEST, which training does not change.
+
+        Returns:
+            dict of results: proposal_bbox and, if the file has masks, proposal_segm; with several datasets, one such dict for each name.
+        """
+        return _for_each_dataset(
+            cfg,
+            lambda name: evaluate_proposal_file(name, find_test_file(cfg, name), output_dir=cfg.OUTPUT_DIR),
+        )
+
+    @classmethod
+    def _test_network(cls, cfg, model, name: str) -> dict:
+        test, results = cfg.MODEL.SHARPMASK.TEST, {}
+        if test.PATCHES_PER_IMAGE:
+            results.update(inference_on_dataset(model, build_patch_test_loader(cfg, name), PatchEvaluator()))
+        if test.FULL_IMAGES:
+            loader = build_detection_test_loader(cfg, name)
+            results.update(inference_on_dataset(model, loader, cls.build_evaluator(cfg, name)))
+        return results
+
+    @classmethod
+    def _test_detector(cls, cfg, model, name: str) -> dict:
+        evaluator = cls.build_evaluator(cfg, name)
+        if makes_proposals(cfg) and cfg.MODEL.SHARPMASK.TEST.FULL_IMAGES:
+            # In one pass: on a CPU the generator takes most of the time.
+            model = WithGeneratedProposals(model)
+            evaluator = DatasetEvaluators([evaluator, GeneratedProposalEvaluator(name, output_dir=cfg.OUTPUT_DIR)])
+        return inference_on_dataset(model, cls.build_test_loader(cfg, name), evaluator)
+
+
+def _for_each_dataset(cfg, evaluate) -> dict:
+    """Evaluates and prints each of DATASETS.TEST; the results by name, of a single one its own."""
+    results = OrderedDict()
+    for name in cfg.DATASETS.TEST:
+        results[name] = evaluate(name)
+        if comm.is_main_process():
+            print_csv_format(results[name])
+    return next(iter(results.values())) if len(results) == 1 else results
 
 
 def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW with a learning rate of its own for the trunk.
+    """SGD or AdamW with a learning rate of its own for the trunk or backbone.
 
     Args:
         cfg: reads SOLVER, with SOLVER.OPTIMIZER and SOLVER.TRUNK_MULTIPLIER.
-        model: parameters below a module named `trunk` get the factor.
+        model: parameters below a module named `trunk` or `backbone` (of a detector, a feature pyramid included) get the factor.
 
     Raises:
         ValueError: an optimizer that is neither.
@@ -182,7 +260,8 @@ def optimizer_params(
     """Parameter groups for an optimizer.
 
     Args:
-        model: its trainable parameters; those below a module named `trunk` have learning rate `base_lr` * `trunk_multiplier`.
+        model: its trainable parameters; those below a module named `trunk` or `backbone` have learning rate `base_lr` *
+            `trunk_multiplier`.
         base_lr: of everything else.
         trunk_multiplier, bias_lr_factor: factors on it.
         weight_decay, weight_decay_norm, weight_decay_bias: of weights, norms and biases; None is that of what they belong to.
@@ -196,7 +275,8 @@ def optimizer_params(
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            lr = base_lr * (trunk_multiplier if "trunk" in module_name.split(".") else 1.0)
+            in_trunk = not {"trunk", "backbone"}.isdisjoint(module_name.split("."))
+            lr = base_lr * (trunk_multiplier if in_trunk else 1.0)
             decay = weight_decay_norm if isinstance(module, norms) else weight_decay
             if name == "bias":
                 lr *= bias_lr_factor

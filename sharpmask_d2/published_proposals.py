@@ -91,6 +91,7 @@ def convert_proposals(
     input: list,
     output: str,
     pkl: Optional[str] = None,
+    pkl_masks: bool = False,
     annotations: Optional[str] = None,
     num_proposals: Optional[int] = None,
 ) -> None:
@@ -100,6 +101,7 @@ def convert_proposals(
         input: files and folders, see `list_files`.
         output: JSON to write.
         pkl: pickle to write.
+        pkl_masks: with the masks of segments.
         annotations: a COCO JSON whose images give the ids of the file names in .t7 files.
         num_proposals: keep so many of an image, the best.
 
@@ -126,7 +128,7 @@ def convert_proposals(
     for image_id, results in tqdm(_read_all(files, image_ids), unit="image", desc="proposals"):
         if image_id not in earlier:
             writer.add(image_id, results[:num_proposals])
-    count = writer.finish(pkl or "")
+    count = writer.finish(pkl or "", pickle_masks=pkl_masks)
     print(f"wrote {count} proposals of {len(writer.done)} images: {output}" + (f", {pkl}" if pkl else ""))
 
 

@@ -27,6 +27,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-proposals", type=int, help="most proposals of an image")
     parser.add_argument("--visualize", metavar="DIR", help="write pictures of the best proposals there")
     parser.add_argument("--pkl", metavar="FILE", help="also write Detectron2's precomputed-proposal pickle")
+    parser.add_argument("--pkl-masks", action="store_true", help="with masks in it, for detections that keep them")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the config")
     args = parser.parse_intermixed_args()
     if args.annotations and not args.image_root:

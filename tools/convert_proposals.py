@@ -19,6 +19,7 @@ def parse_args() -> tuple:
     )
     parser.add_argument("--output", required=True, help="JSON to write")
     parser.add_argument("--pkl", metavar="FILE", help="also write Detectron2's precomputed-proposal pickle")
+    parser.add_argument("--pkl-masks", action="store_true", help="with masks in it, for detections that keep them")
     parser.add_argument("--annotations", help="a COCO JSON with the ids of the images that .t7 files name")
     parser.add_argument("--num-proposals", type=int, help="keep so many of an image, the best")
     return parser, parser.parse_args()

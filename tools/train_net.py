@@ -3,6 +3,9 @@
 
     tools/train_net.py --config-file configs/deepmask_lite0.yaml --dataset my_train train.json images \
         DATASETS.TRAIN "('my_train',)"
+
+--eval-only prints what fits the model: per-patch figures and the average recall (AR) of proposals for DeepMask and SharpMask; AP for
+detectors, of boxes and of masks where they have some, and the AR of the proposals they make or read.
 """
 
 import argparse
@@ -24,6 +27,21 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def evaluate(cfg, *, resume: bool) -> dict:
+    """Print and return the figures of MODEL.WEIGHTS, or with `resume` of the last checkpoint in OUTPUT_DIR."""
+    model = Trainer.build_model(cfg)
+    # A checkpoint of another model would give figures that mean nothing.
+    checkpointer = StrictCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    results = Trainer.test(cfg, model)
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return results
+    recall = Trainer.test_proposal_files(cfg)
+    if len(cfg.DATASETS.TEST) == 1:
+        return {**results, **recall}
+    return {name: {**results[name], **recall[name]} for name in results}
+
+
 def main(args: argparse.Namespace):
     register_datasets(args.dataset)
     cfg = get_cfg()
@@ -36,10 +54,7 @@ def main(args: argparse.Namespace):
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sharpmask_d2")
     if args.eval_only:
-        model = Trainer.build_model(cfg)
-        # A checkpoint of another model would give figures that mean nothing.
-        StrictCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        return Trainer.test(cfg, model)
+        return evaluate(cfg, resume=args.resume)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()

@@ -1,13 +1,23 @@
 from .datasets import add_dataset_option, register_datasets
 from .loader import build_patch_test_loader, build_patch_train_loader
 from .patch_mapper import PatchMapper
+from .proposal_mapper import (
+    ProposalMapper,
+    build_proposal_test_loader,
+    build_proposal_train_loader,
+    load_proposal_masks,
+)
 from .window_sampling import WindowSampler
 
 __all__ = [
     "PatchMapper",
+    "ProposalMapper",
     "WindowSampler",
     "add_dataset_option",
     "build_patch_test_loader",
     "build_patch_train_loader",
+    "build_proposal_test_loader",
+    "build_proposal_train_loader",
+    "load_proposal_masks",
     "register_datasets",
 ]

@@ -1,4 +1,11 @@
+from .detector_proposals import GeneratedProposalEvaluator, WithGeneratedProposals, evaluate_proposal_file
 from .patch_evaluation import PatchEvaluator
 from .proposal_evaluation import ProposalEvaluator
 
-__all__ = ["PatchEvaluator", "ProposalEvaluator"]
+__all__ = [
+    "GeneratedProposalEvaluator",
+    "PatchEvaluator",
+    "ProposalEvaluator",
+    "WithGeneratedProposals",
+    "evaluate_proposal_file",
+]

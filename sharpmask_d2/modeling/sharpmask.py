@@ -4,6 +4,7 @@ Shape letters: B images or patches, H W height and width in pixels, Y X grid of 
 patch (window and context).
 """
 
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -82,9 +83,10 @@ class SharpMaskNetwork(nn.Module):
             head.requires_grad_(False)
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg, trunk=None):
         sharpmask = cfg.MODEL.SHARPMASK
-        trunk = BACKBONE_REGISTRY.get(sharpmask.TRUNK.NAME)(cfg, ShapeSpec(channels=3))
+        if trunk is None:
+            trunk = BACKBONE_REGISTRY.get(sharpmask.TRUNK.NAME)(cfg, ShapeSpec(channels=3))
         shapes = trunk.output_shape()
         stride = shapes[sharpmask.IN_FEATURE].stride
         check_window_size(sharpmask.WINDOW_SIZE, sharpmask.CONTEXT, stride)
@@ -168,9 +170,27 @@ class SharpMaskNetwork(nn.Module):
         Returns:
             WindowGrid, in which cell (y, x) is the window at pixels [stride y, stride y + W) x [stride x, stride x + W) of `images`.
         """
-        features = self.trunk(self.normalize(images))
+        return self.grid_from_features(self.trunk(self.normalize(images)))
+
+    def grid_from_features(self, features: dict) -> WindowGrid:
+        """The same from features that are there already.
+
+        Args:
+            features: name -> (B, C, h, w), with borders of half a window in cells of the feature.
+        """
+        if self.freeze_feedforward:
+            # A detector's own features learn from nothing here either.
+            features = {name: x.detach() for name, x in features.items()}
         scores, embeddings = self.head(features[self.in_feature])
         return WindowGrid(scores, embeddings, features)
+
+    @torch.no_grad()
+    def rescore(self, grid: WindowGrid) -> WindowGrid:
+        """A grid made in training with the scores of evaluation, which know no dropout."""
+        if not self.head.training:
+            return grid
+        with evaluating(self.head):
+            return grid._replace(scores=self.head(grid.features[self.in_feature])[0])
 
     def masks(self, grid: WindowGrid, images: Tensor, ys: Tensor, xs: Tensor, *, windows_per_batch: int) -> Tensor:
         """Masks of chosen windows.
@@ -197,6 +217,35 @@ class SharpMaskNetwork(nn.Module):
         if not masks:
             return grid.scores.new_zeros((0, self.mask_branch.mask_size, self.mask_branch.mask_size))
         return torch.cat(masks)
+
+
+class GivenFeatures(Backbone):
+    """In the place of a trunk: declares features that something else computes (see `SharpMaskNetwork.grid_from_features`)."""
+
+    def __init__(self, shapes: dict):
+        """
+        Args:
+            shapes: name -> ShapeSpec.
+        """
+        super().__init__()
+        self._shapes = dict(shapes)
+
+    def forward(self, x: Tensor) -> dict:
+        raise NotImplementedError("this network has no trunk: it reads the features of a detector's backbone")
+
+    def output_shape(self) -> dict:
+        return self._shapes
+
+
+@contextmanager
+def evaluating(module: nn.Module):
+    """A context in which the module is in evaluation mode."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def _window_view(x: Tensor, size: int, step: int, grid_size: tuple) -> Tensor:

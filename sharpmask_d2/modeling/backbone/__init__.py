@@ -1,3 +1,4 @@
+from .detector import build_timm_backbone, build_timm_fpn_backbone, build_vgg_backbone
 from .features import trunk_features
 from .resnet import ResNetTrunk, build_resnet_trunk
 from .timm import TimmTrunk, build_timm_trunk
@@ -8,7 +9,10 @@ __all__ = [
     "TimmTrunk",
     "VGGTrunk",
     "build_resnet_trunk",
+    "build_timm_backbone",
+    "build_timm_fpn_backbone",
     "build_timm_trunk",
+    "build_vgg_backbone",
     "build_vgg_trunk",
     "trunk_features",
 ]

@@ -58,7 +58,7 @@ class TimmTrunk(Backbone):
         elif norm == "folded":
             fold_batch_norm(self.net)
         if freeze_at:
-            self._freeze(self.net.feature_info.module_name(freeze_at - 1))
+            self._freeze(self.net.feature_info.module_name(min(freeze_at - 1, last)))
         if padding == "mirrored":
             use_mirrored_padding(self.net)
 

@@ -1,3 +1,4 @@
-from .image_pyramid import ImagePyramid, SharpMaskGenerator
+from .image_pyramid import ImagePyramid
+from .sharpmask_generator import SharpMaskGenerator
 
 __all__ = ["ImagePyramid", "SharpMaskGenerator"]

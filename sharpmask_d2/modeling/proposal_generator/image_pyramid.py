@@ -8,15 +8,15 @@ import math
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import Instances
 from torch import Tensor, nn
 from torchvision.ops import nms
 
 from ...data.patch_mapper import PADDING_VALUE
 from ...structures import WindowMasks
 from ..resizing import resize
-from ..sharpmask import SharpMaskNetwork
+from ..sharpmask import SharpMaskNetwork, WindowGrid
+from ..window_targets import split_cells
 from ..windows import cell_windows, corner_aligned, grid_shifts, level_padding, pyramid_levels
 
 
@@ -63,10 +63,10 @@ class ImagePyramid(nn.Module):
         self.windows_per_batch = windows_per_batch
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg, trunk=None):
         test = cfg.MODEL.SHARPMASK.TEST
         return {
-            "network": SharpMaskNetwork(cfg),
+            "network": SharpMaskNetwork(cfg, trunk=trunk),
             "exponents": test.SCALES,
             "grid_stride": cfg.MODEL.SHARPMASK.GRID_STRIDE,
             "num_proposals": test.NUM_PROPOSALS,
@@ -91,21 +91,37 @@ class ImagePyramid(nn.Module):
         image_size = tuple(image.shape[1:])
         if 0 in image_size:
             raise ValueError(f"the image has no pixels: its size is {image_size} (height, width)")
-        levels = pyramid_levels(image_size, self.exponents, self.shifts)
-        grids = [self.network.grid(self.level_image(image, level)) for level in levels]
-        sizes = [grid.scores.numel() for grid in grids]
+        levels = self.levels(image_size)
+        return self.propose(levels, [self.level_grid(image, level) for level in levels])
+
+    def levels(self, image_size: tuple, octaves: float = 0.0) -> list:
+        """The levels of the pyramid of an image.
+
+        Args:
+            image_size: (height, width) in pixels.
+            octaves: added to every exponent.
+
+        Returns:
+            list[windows.Level].
+        """
+        return pyramid_levels(image_size, [exponent + octaves for exponent in self.exponents], self.shifts)
+
+    def level_grid(self, image: Tensor, level) -> WindowGrid:
+        """The grid of a level of the image (3, H, W), in 0..255."""
+        return self.network.grid(self.level_image(image, level))
+
+    @torch.no_grad()
+    def propose(self, levels: list, grids: list) -> Instances:
+        """From the grids of all levels of one image to its proposals: see `forward`."""
         scores = torch.cat([grid.scores.flatten() for grid in grids]).float()
         scores, chosen = scores.topk(min(self.num_proposals, len(scores)))
         # Windows come level by level; `order` takes them back to the order of their scores.
         cells, order = chosen.sort()
         masks, windows = [], []
-        bounds = torch.tensor(sizes).cumsum(0)
-        counts = torch.searchsorted(cells.cpu(), bounds).diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
-        for level, grid, level_cells, first in zip(levels, grids, cells.split(counts), [0, *bounds.tolist()]):
-            if len(level_cells) == 0:
+        split = split_cells(cells, [tuple(grid.scores.shape[1:]) for grid in grids])
+        for level, grid, (ys, xs) in zip(levels, grids, split):
+            if len(ys) == 0:
                 continue
-            columns = grid.scores.shape[2]
-            ys, xs = (level_cells - first) // columns, (level_cells - first) % columns
             masks.append(
                 self.network.masks(grid, torch.zeros_like(ys), ys, xs, windows_per_batch=self.windows_per_batch)
             )
@@ -114,7 +130,7 @@ class ImagePyramid(nn.Module):
         masks, windows = torch.cat(masks)[back], torch.cat(windows)[back]
         if self.network.resizing == "released":
             windows = corner_aligned(windows, masks.shape[-1])
-        proposal_masks = WindowMasks(masks, windows, image_size, threshold=self.mask_threshold)
+        proposal_masks = WindowMasks(masks, windows, levels[0].image_size, threshold=self.mask_threshold)
         return self._instances(scores, proposal_masks)
 
     def level_image(self, image: Tensor, level) -> Tensor:
@@ -126,7 +142,8 @@ class ImagePyramid(nn.Module):
 
     def _instances(self, scores: Tensor, masks: WindowMasks) -> Instances:
         boxes = masks.boxes()
-        keep = boxes.nonempty()
+        # Beside finite scores: a training that diverges is for the losses to show.
+        keep = boxes.nonempty() & scores.isfinite()
         if self.nms_thresh < 1:
             candidates = keep.nonzero()[:, 0]
             keep = candidates[nms(boxes.tensor[candidates], scores[candidates], self.nms_thresh)]
@@ -135,58 +152,3 @@ class ImagePyramid(nn.Module):
         proposals.objectness_logits = scores[keep]
         proposals.proposal_masks = masks[keep]
         return proposals
-
-
-class SharpMaskGenerator(nn.Module):
-    """SharpMask as a proposal generator of a detector: registered as `SharpMask`, with a trunk of its own that is not trained.
-
-    Its proposals also carry `proposal_masks`.
-    """
-
-    @configurable
-    def __init__(self, *, pyramid: ImagePyramid, pixel_mean: list, pixel_std: list, flip_channels: bool):
-        """
-        Args:
-            pyramid: makes the proposals.
-            pixel_mean, pixel_std: with which the detector normalised its images.
-            flip_channels: the detector's channel order is not the network's.
-        """
-        super().__init__()
-        self.pyramid = pyramid.requires_grad_(False)
-        self.flip_channels = flip_channels
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
-
-    @classmethod
-    def from_config(cls, cfg, input_shape):
-        return {
-            "pyramid": ImagePyramid(cfg),
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-            "flip_channels": cfg.INPUT.FORMAT != cfg.MODEL.SHARPMASK.FORMAT,
-        }
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.pyramid.eval()
-        return self
-
-    def forward(self, images: ImageList, features: dict, gt_instances=None) -> tuple:
-        """
-        Args:
-            images: normalised by the detector.
-            features: of the detector's backbone; not read.
-            gt_instances: not read.
-
-        Returns:
-            list[Instances], one an image, in the frame of the resized image (see `ImagePyramid.forward`); and a dict of losses, empty.
-        """
-        proposals = []
-        for image in images:
-            pixels = image * self.pixel_std + self.pixel_mean
-            proposals.append(self.pyramid(pixels.flip(0) if self.flip_channels else pixels))
-        return proposals, {}
-
-
-# The registry takes a class's own name, and SharpMask is what users write in a config.
-PROPOSAL_GENERATOR_REGISTRY._do_register("SharpMask", SharpMaskGenerator)

@@ -1,0 +1,282 @@
+"""Detections that keep the masks of their proposals, through Detectron2's own heads, postprocessing and evaluation."""
+
+import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
+
+# isort: split
+
+import numpy as np
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.evaluation import COCOEvaluator
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes, Instances, ROIMasks
+from detectron2.utils.events import EventStorage
+from pycocotools import mask as mask_util
+from sharpmask_d2.checkpoint import StrictCheckpointer
+from sharpmask_d2.data import ProposalMapper, register_datasets
+from sharpmask_d2.data.proposal_mapper import sample_masks
+from sharpmask_d2.modeling.roi_heads import MaskKeepingOutputLayers, ProposalROIMasks, without_masks
+from test_precomputed import SIZE, draw_proposals, encode, to_detector
+
+OURS = {"StandardROIHeads": "ProposalMaskROIHeads", "Res5ROIHeads": "ProposalMaskRes5ROIHeads"}
+
+
+def build(cfg, *, still: bool = True):
+    """A detector in evaluation; `still`, it scores at random and its boxes are the proposals', which tells where detections came from."""
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    if still:
+        model.roi_heads.box_predictor.forward = _still
+    return model
+
+
+def _still(features: torch.Tensor) -> tuple:
+    scores = torch.randn(len(features), 3, generator=torch.Generator().manual_seed(0))
+    return scores, torch.zeros(len(features), 8)
+
+
+def precomputed(cfg, roi_heads: str = "ProposalMaskROIHeads"):
+    cfg = to_detector(cfg, roi_heads)
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "PrecomputedProposals"
+    cfg.MODEL.LOAD_PROPOSALS = True
+    return cfg
+
+
+@pytest.fixture
+def record(make_dataset, tmp_path):
+    """A dataset dict with 12 proposals, and their bitmaps in its order."""
+    data = make_dataset(tmp_path / "data", num_images=1, size=SIZE)
+    results = draw_proposals(data.masks[1], np.random.default_rng(0))
+    boxes = np.array([r["bbox"] for r in results], dtype=np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    rles = [r["segmentation"] for r in results]
+    return {
+        "file_name": str(data.image_root / "1.png"),
+        "image_id": 1,
+        "height": SIZE[0],
+        "width": SIZE[1],
+        "proposal_boxes": boxes,
+        "proposal_objectness_logits": np.linspace(2, -2, len(boxes)).astype(np.float32),
+        "proposal_bbox_mode": 0,
+        "proposal_masks": {
+            "size": list(SIZE),
+            "counts": "\n".join(r["counts"] for r in rles).encode(),
+            "order": np.arange(len(rles)),
+        },
+    }, [mask_util.decode(rle) > 0 for rle in rles]
+
+
+def source(box, boxes) -> int:
+    """Which of the boxes a detection has."""
+    distances = np.abs(np.asarray(boxes) - np.asarray(box)).max(axis=1)
+    assert distances.min() < 0.01
+    return int(distances.argmin())
+
+
+@pytest.mark.parametrize("roi_heads", list(OURS.values()))
+@pytest.mark.parametrize(("scale", "flip"), [(1, False), (2, False), (2, True)])
+def test_detections_have_the_masks_of_their_precomputed_proposals(tiny_cfg, record, roi_heads, scale, flip):
+    record, bitmaps = record
+    cfg = precomputed(tiny_cfg, roi_heads)
+    model = build(cfg)
+    augmentations = [T.Resize((scale * SIZE[0], scale * SIZE[1])), T.RandomFlip(prob=float(flip))]
+    inputs = ProposalMapper(cfg, False, augmentations=augmentations)(record)
+    with torch.no_grad():
+        found = model([inputs])[0]["instances"]
+    assert found.pred_masks.shape == (len(found), *SIZE)
+    assert found.pred_masks.dtype == torch.bool
+    boxes = record["proposal_boxes"].copy()
+    if flip:
+        boxes[:, [0, 2]] = SIZE[1] - boxes[:, [2, 0]]
+    exact = sample_masks([encode(mask) for mask in bitmaps], SIZE).paste().numpy()
+    sources = [source(box, boxes) for box in found.pred_boxes.tensor.numpy()]
+    # Suppression and the order of scores leave some out, and take the others out of their order.
+    assert 3 < len(set(sources)) <= 12
+    assert sources != sorted(sources)
+    for number, mask in zip(sources, found.pred_masks.numpy()):
+        bitmap, expected = bitmaps[number], exact[number]
+        if flip:
+            assert (mask[:, ::-1] != expected).mean() < 1e-3
+            bitmap = bitmap[:, ::-1]
+        else:
+            np.testing.assert_array_equal(mask, expected)
+        assert (mask & bitmap).sum() / (mask | bitmap).sum() > 0.9
+
+
+@pytest.mark.parametrize("roi_heads", list(OURS.values()))
+def test_detections_have_the_masks_of_online_proposals(tiny_cfg, roi_heads):
+    cfg = to_detector(tiny_cfg, roi_heads)
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMask"
+    # Windows of 57 and 80 pixels, whose masks differ.
+    cfg.MODEL.SHARPMASK.TEST.SCALES = [1.0, 1.5]
+    cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST = 0.8
+    model = build(cfg)
+    proposed = []
+    model.proposal_generator.register_forward_hook(lambda module, args, out: proposed.extend(out[0]))
+    images = [torch.rand(3, 100, 140, generator=torch.Generator().manual_seed(i)) * 255 for i in range(2)]
+    # One as it is, one that was enlarged, in a batch.
+    inputs = [{"image": images[0]}, {"image": images[1], "height": 50, "width": 70}]
+    with torch.no_grad():
+        outputs = model(inputs)
+    for output, proposals, size in zip(outputs, proposed, [(100, 140), (50, 70)]):
+        found = output["instances"]
+        assert len({tuple(box) for box in found.pred_boxes.tensor.tolist()}) > 3
+        assert found.pred_masks.shape[1:] == size
+        pasted = proposals.proposal_masks.scale(size[1] / 140, size[0] / 100, size).paste().numpy()
+        boxes = proposals.proposal_boxes.tensor.numpy() * (size[0] / 100)
+        for box, mask in zip(found.pred_boxes.tensor.numpy(), found.pred_masks.numpy()):
+            # Several windows may have the same tight box.
+            same = np.abs(boxes - box).max(axis=1) < 0.01
+            assert any((pasted[number] == mask).all() for number in np.flatnonzero(same))
+
+
+def test_predictions_that_are_not_finite_do_not_shift_the_masks(record):
+    _, bitmaps = record
+    masks = sample_masks([encode(mask) for mask in bitmaps[:5]], SIZE)
+    proposals = Instances(SIZE, proposal_boxes=Boxes(masks.boxes().tensor), proposal_masks=masks)
+    layers = MaskKeepingOutputLayers(
+        ShapeSpec(channels=4),
+        box2box_transform=Box2BoxTransform((10, 10, 5, 5)),
+        num_classes=1,
+        cls_agnostic_bbox_reg=True,
+        test_nms_thresh=1.0,
+    )
+    logits = torch.tensor([[3.0, 0], [float("nan"), 0], [5.0, 0], [1.0, 0], [4.0, 0]])
+    (found,), (indices,) = layers.inference((logits, torch.zeros(5, 4)), [proposals])
+    assert indices.tolist() == [2, 4, 0, 3]
+    pasted = found.pred_masks.to_bitmasks(None, *SIZE).tensor
+    assert torch.equal(pasted, masks.paste(torch.tensor([2, 4, 0, 3])))
+
+
+@pytest.mark.parametrize("roi_heads", list(OURS.values()))
+def test_without_detections_or_proposals_there_are_no_masks(tiny_cfg, record, roi_heads):
+    cfg = precomputed(tiny_cfg, roi_heads)
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 1.1
+    mapper = ProposalMapper(cfg, False)
+    empty = dict(record[0], proposal_boxes=np.zeros((0, 4), np.float32), proposal_objectness_logits=np.zeros(0))
+    empty["proposal_masks"] = {"size": None, "counts": b"", "order": np.zeros(0, int)}
+    with torch.no_grad():
+        for output in build(cfg)([mapper(record[0]), mapper(empty)]):
+            assert output["instances"].pred_masks.shape == (0, *SIZE)
+
+
+def test_proposals_without_masks_give_detections_without(tiny_cfg, record):
+    cfg = precomputed(tiny_cfg)
+    inputs = ProposalMapper(cfg, False, masks=False)(record[0])
+    with torch.no_grad():
+        (output,) = build(cfg)([inputs])
+    assert len(output["instances"]) > 0
+    assert not output["instances"].has("pred_masks")
+
+
+@pytest.mark.parametrize("roi_heads", list(OURS.values()))
+def test_masks_may_come_along_in_training(tiny_cfg, record, roi_heads):
+    cfg = precomputed(tiny_cfg, roi_heads)
+    record = dict(record[0])
+    record["annotations"] = [{"bbox": [10, 10, 60, 70], "bbox_mode": 0, "category_id": 1}]
+    inputs = ProposalMapper(cfg, True, masks=True, augmentations=[])(record)
+    assert inputs["proposals"].has("proposal_masks")
+    with EventStorage():
+        losses = build(cfg).train()([inputs])
+    assert all(loss.isfinite() for loss in losses.values())
+    bare = without_masks([inputs["proposals"]])[0]
+    assert set(bare.get_fields()) == {"proposal_boxes", "objectness_logits"}
+    assert inputs["proposals"].has("proposal_masks")
+
+
+@pytest.mark.parametrize("stock", list(OURS))
+@pytest.mark.parametrize("masks", ["head", "none", "bad", "head without masks"])
+def test_where_masks_come_from(tiny_cfg, record, stock, masks):
+    cfg = precomputed(tiny_cfg, OURS[stock])
+    inputs = ProposalMapper(cfg, False)(record[0])
+    cfg.MODEL.MASK_ON = masks != "head without masks"
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    cfg.MODEL.SHARPMASK.DETECTION_MASKS = masks.split()[0]
+    if masks == "bad" or not cfg.MODEL.MASK_ON:
+        with pytest.raises(ValueError, match=r"MODEL\.SHARPMASK\.DETECTION_MASKS is"):
+            build_model(cfg)
+        return
+    ours = build(cfg)
+    with torch.no_grad():
+        found = ours([inputs])[0]["instances"]
+    assert len(found) > 0
+    if masks == "none":
+        assert not found.has("pred_masks")
+        assert not any("mask_head" in name for name, _ in ours.named_parameters())
+        return
+    cfg.MODEL.ROI_HEADS.NAME = stock
+    detectron2 = build(cfg)
+    detectron2.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        expected = detectron2([inputs])[0]["instances"]
+    assert torch.equal(found.pred_masks, expected.pred_masks)
+
+
+@pytest.mark.parametrize("stock", list(OURS))
+def test_checkpoints_of_stock_detectors_give_the_same_detections(tiny_cfg, record, stock, tmp_path):
+    cfg = precomputed(tiny_cfg, stock)
+    theirs = build(cfg, still=False)
+    DetectionCheckpointer(theirs, str(tmp_path)).save("stock")
+    cfg.MODEL.ROI_HEADS.NAME = OURS[stock]
+    torch.manual_seed(1)
+    ours = build_model(cfg).eval()
+    incompatible = ours.load_state_dict(torch.load(tmp_path / "stock.pth", weights_only=False)["model"], strict=True)
+    assert not incompatible.missing_keys
+    ours = build_model(cfg).eval()
+    StrictCheckpointer(ours).load(str(tmp_path / "stock.pth"))
+    inputs = ProposalMapper(cfg, False)(record[0])
+    with torch.no_grad():
+        expected, found = (model([inputs])[0]["instances"] for model in (theirs, ours))
+    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert torch.equal(found.scores, expected.scores)
+    assert torch.equal(found.pred_classes, expected.pred_classes)
+    assert found.has("pred_masks")
+    assert not expected.has("pred_masks")
+
+
+@pytest.fixture
+def drawn(make_dataset, tmp_path):
+    data = make_dataset(tmp_path / "evaluated", num_images=2, size=SIZE)
+    register_datasets([("evaluated", str(data.annotations), str(data.image_root))])
+    yield data
+    DatasetCatalog.remove("evaluated")
+    MetadataCatalog.remove("evaluated")
+
+
+def test_coco_evaluation_of_perfect_detections_is_perfect(drawn, tiny_cfg):
+    model = build(precomputed(tiny_cfg))
+    # The heads detect a proposal as the class that its score says, and leave its box alone.
+    model.roi_heads.box_predictor.forward = lambda x: (classes[: len(x)], torch.zeros(len(x), 8))
+    # Reading the dataset is what numbers its categories.
+    DatasetCatalog.get("evaluated")
+    evaluator = COCOEvaluator("evaluated", output_dir=None)
+    evaluator.reset()
+    for image_id, masks in drawn.masks.items():
+        windows = sample_masks([encode(mask) for mask in masks], SIZE).scale(2, 2, (240, 320))
+        proposals = Instances((240, 320), proposal_boxes=Boxes(windows.boxes().tensor), proposal_masks=windows)
+        # Categories 3 and 7, by turns, are classes 0 and 1.
+        classes = torch.tensor([[9.0, 0, 0], [0, 9.0, 0]])[torch.arange(len(masks)) % 2]
+        inputs = {"image": torch.zeros(3, 240, 320), "height": 120, "width": 160, "image_id": image_id}
+        with torch.no_grad():
+            evaluator.process([inputs], model([{**inputs, "proposals": proposals}]))
+    results = evaluator.evaluate()
+    assert results["bbox"]["AP50"] == pytest.approx(100)
+    assert results["segm"]["AP50"] == pytest.approx(100)
+    assert results["segm"]["AP"] > 90
+
+
+def test_proposal_masks_stand_for_detectron2s_masks_of_rois(record):
+    _, bitmaps = record
+    masks = sample_masks([encode(mask) for mask in bitmaps], SIZE)
+    found = Instances(SIZE, pred_boxes=Boxes(masks.boxes().tensor))
+    found.pred_masks = ProposalROIMasks(masks)
+    assert isinstance(found.pred_masks, ROIMasks)
+    chosen = found.to("cpu")[torch.tensor([5, 2])]
+    assert len(chosen.pred_masks) == 2
+    assert "num_masks=2" in repr(chosen.pred_masks)
+    assert torch.equal(chosen.pred_masks.to_bitmasks(None, *SIZE).tensor, masks.paste(torch.tensor([5, 2])))
