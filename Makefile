@@ -14,7 +14,8 @@ INPUT ?= $(PHOTOGRAPHS)
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python tools/compute_proposals.py --input $(INPUT) --output $(OUTPUT)/proposals.json --visualize $(OUTPUT)
+	$(BIN)/python tools/compute_proposals.py --input $(INPUT) --output $(OUTPUT)/proposals.json --visualize $(OUTPUT)/proposals
+	$(BIN)/python tools/demo.py --input $(INPUT) --output $(OUTPUT)
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""From an image to its proposals in one call.
+"""From an image to its proposals, or to its detections, in one call.
 
 Shape letters: H W image.
 """
@@ -6,6 +6,7 @@ Shape letters: H W image.
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.structures import Instances
 
 from .checkpoint import StrictCheckpointer
@@ -50,8 +51,67 @@ class ProposalPredictor:
         Raises:
             ValueError: not a colour image, or one without pixels.
         """
-        if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-            raise ValueError(f"expected a colour image of shape (height, width, 3), got {image.shape}")
-        pixels = image[:, :, ::-1] if self.cfg.INPUT.FORMAT == "RGB" else image
-        tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        return self.model([{"image": tensor}])[0]["proposals"]
+        return self.model([{"image": _to_tensor(image, self.cfg)}])[0]["proposals"]
+
+
+class DetectionPredictor:
+    """Detections of single images, by a detector that makes its own proposals.
+
+    detector = DetectionPredictor(model_zoo.get("multipath_lite0"))
+    instances = detector(cv2.imread("photograph.jpg"))
+    """
+
+    def __init__(self, cfg: CfgNode):
+        """
+        Args:
+            cfg: a config of a detector with online proposals; MODEL.WEIGHTS is loaded.
+
+        Raises:
+            ValueError: no detector, a detector that waits for precomputed proposals, or weights that lack parameters.
+        """
+        if cfg.MODEL.META_ARCHITECTURE == ARCHITECTURE:
+            raise ValueError(
+                f"MODEL.META_ARCHITECTURE is {ARCHITECTURE}, which only makes proposals: a detector is needed"
+            )
+        if cfg.MODEL.LOAD_PROPOSALS:
+            raise ValueError(
+                "MODEL.LOAD_PROPOSALS: there are no precomputed proposals for new images; set it to False, "
+                "MODEL.PROPOSAL_GENERATOR.NAME to SharpMask, and MODEL.SHARPMASK.GENERATOR.WEIGHTS"
+            )
+        self.cfg = cfg
+        model = Trainer.build_model(cfg)
+        StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        self.model = fold_batch_norm(model.eval())
+        sizes = [cfg.INPUT.MIN_SIZE_TEST] * 2
+        self.resize = ResizeShortestEdge(sizes, cfg.INPUT.MAX_SIZE_TEST)
+
+    @torch.no_grad()
+    def __call__(self, image: np.ndarray) -> Instances:
+        """
+        Args:
+            image: (H, W, 3) uint8 in BGR order.
+
+        Returns:
+            Instances, best first, in the frame of the image: pred_boxes, scores, pred_classes and, if the detector has them, pred_masks
+            (N, H, W) bool.
+
+        Raises:
+            ValueError: not a colour image, or one without pixels.
+        """
+        _check_image(image)
+        height, width = image.shape[:2]
+        resized = self.resize.get_transform(image).apply_image(image)
+        inputs = {"image": _to_tensor(resized, self.cfg), "height": height, "width": width}
+        return self.model([inputs])[0]["instances"]
+
+
+def _check_image(image: np.ndarray) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise ValueError(f"expected a colour image of shape (height, width, 3), got {image.shape}")
+
+
+def _to_tensor(image: np.ndarray, cfg: CfgNode) -> torch.Tensor:
+    """(H, W, 3) BGR to (3, H, W) in the order that the model takes."""
+    _check_image(image)
+    pixels = image[:, :, ::-1] if cfg.INPUT.FORMAT == "RGB" else image
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

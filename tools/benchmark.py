@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Speed and memory, of cutting training patches and of proposals of full images.
+"""Speed and memory, of cutting training patches, of proposals of full images, and of detectors.
 
     tools/benchmark.py sampler --annotations train.json --image-root images --config-file configs/deepmask_lite0.yaml
     tools/benchmark.py proposals --config-file configs/sharpmask_lite0.yaml --weights model_final.pth --dtype bfloat16
+    tools/benchmark.py detector --config-file configs/detection/multipath_lite0.yaml
 
 Set OMP_NUM_THREADS for the number of threads; `sampler` uses one process and one thread, which is what a worker has.
 """
@@ -22,6 +23,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.data.datasets import load_coco_json
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from sharpmask_d2.data import PatchMapper
 from sharpmask_d2.data.loader import PatchBatches
 from sharpmask_d2.engine import ARCHITECTURE, Trainer
@@ -37,12 +40,14 @@ def parse_args() -> argparse.Namespace:
     sampler.add_argument("--image-root", required=True, help="folder of the images")
     sampler.add_argument("--batches", type=int, default=20, help="timed batches, after one that is not")
     proposals = commands.add_parser("proposals", help="seconds and memory per image")
-    proposals.add_argument("--weights", help="checkpoint; without it, random weights, whatever the config says")
-    proposals.add_argument("--image-size", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
-    proposals.add_argument("--num-proposals", type=int, help="default: that of the config")
-    proposals.add_argument("--repeat", type=int, default=5, help="timed images, after one that is not")
-    proposals.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network")
-    for command in (sampler, proposals):
+    detector = commands.add_parser("detector", help="seconds and memory per image and per training step")
+    for command in (proposals, detector):
+        command.add_argument("--weights", help="checkpoint; without it, random weights, whatever the config says")
+        command.add_argument("--image-size", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
+        command.add_argument("--num-proposals", type=int, help="default: that of the config")
+        command.add_argument("--repeat", type=int, default=5, help="timed runs, after one that is not")
+        command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network")
+    for command in (sampler, proposals, detector):
         command.add_argument("--config-file", help="default: the defaults of sharpmask_d2/config.py")
         command.add_argument("--output", help="write the figures to this JSON file")
         command.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values: KEY VALUE ...")
@@ -58,7 +63,7 @@ def parse_args() -> argparse.Namespace:
 def setup(args: argparse.Namespace):
     cfg = get_cfg()
     sharpmask_d2.add_sharpmask_config(cfg)
-    # Anything else has neither patches nor proposals to time.
+    # Without a config file it is the network of proposals.
     cfg.MODEL.META_ARCHITECTURE = ARCHITECTURE
     cfg.INPUT.FORMAT = "RGB"
     if not torch.cuda.is_available():
@@ -125,6 +130,66 @@ def benchmark_proposals(args: argparse.Namespace, cfg) -> dict:
     }
 
 
+def benchmark_detector(args: argparse.Namespace, cfg) -> dict:
+    model = Trainer.build_model(cfg)
+    if args.weights:
+        DetectionCheckpointer(model).load(args.weights)
+    image, size = draw_image(*args.image_size), tuple(args.image_size)
+    inputs = {"image": image}
+    if cfg.MODEL.LOAD_PROPOSALS:
+        datasets = cfg.DATASETS
+        count = args.num_proposals or datasets.PRECOMPUTED_PROPOSAL_TOPK_TEST
+        inputs["proposals"] = draw_proposals(count, size)
+    figures = {}
+    cuda = model.device.type == "cuda"
+    model.eval()
+    forget_peak(model.device)
+    seconds = []
+    for _ in range(args.repeat + 1):
+        started = clock(cuda)
+        with torch.no_grad(), autocast(model.device, args.dtype):
+            model([inputs])
+        seconds.append(clock(cuda) - started)
+    figures["seconds per image"] = statistics.median(seconds[1:])
+    figures["peak memory of an image (MB)"] = peak_megabytes(model.device)
+    model.train()
+    optimizer = Trainer.build_optimizer(cfg, model)
+    objects = Instances(size)
+    objects.gt_boxes = draw_proposals(8, size).proposal_boxes
+    objects.gt_classes = torch.arange(8) % cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    batch = [{**inputs, "instances": objects} for _ in range(cfg.SOLVER.IMS_PER_BATCH)]
+    if cfg.MODEL.LOAD_PROPOSALS:
+        for item in batch:
+            item["proposals"] = draw_proposals(datasets.PRECOMPUTED_PROPOSAL_TOPK_TRAIN, size)
+    forget_peak(model.device)
+    seconds = []
+    with EventStorage():
+        for _ in range(args.repeat + 1):
+            started = clock(cuda)
+            with autocast(model.device, args.dtype):
+                loss = sum(model(batch).values())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seconds.append(clock(cuda) - started)
+    figures["seconds per training step"] = statistics.median(seconds[1:])
+    figures["images per training step"] = len(batch)
+    figures["peak memory of training (MB)"] = peak_megabytes(model.device)
+    return figures
+
+
+def draw_proposals(count: int, size: tuple) -> Instances:
+    """Boxes of all sizes in an image of (height, width): the same for the same count and size."""
+    rng = np.random.default_rng(0)
+    height, width = size
+    sides = np.exp(rng.uniform(np.log(16), np.log(min(size)), (count, 2)))
+    corners = rng.uniform(0, 1, (count, 2)) * (np.array([width, height]) - sides)
+    proposals = Instances(size)
+    proposals.proposal_boxes = Boxes(torch.from_numpy(np.concatenate([corners, corners + sides], axis=1)).float())
+    proposals.objectness_logits = torch.linspace(2, -2, count)
+    return proposals
+
+
 def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
@@ -165,7 +230,8 @@ def draw_image(height: int, width: int) -> torch.Tensor:
 def main() -> None:
     args = parse_args()
     cfg = setup(args)
-    figures = {"sampler": benchmark_sampler, "proposals": benchmark_proposals}[args.command](args, cfg)
+    commands = {"sampler": benchmark_sampler, "proposals": benchmark_proposals, "detector": benchmark_detector}
+    figures = commands[args.command](args, cfg)
     print(f"{Path(args.config_file).name if args.config_file else 'defaults'}, {torch.get_num_threads()} thread(s)")
     for name, value in figures.items():
         print(f"{name:<42}{value:>12.{0 if isinstance(value, int) else 3}f}")

@@ -7,9 +7,10 @@ from detectron2.config import CfgNode, get_cfg
 from ..config import add_sharpmask_config
 
 # One file holds both: SharpMask is the same network with another mask branch.
-_WEIGHTS = {"deepmask_lite0": "lite0.pth", "sharpmask_lite0": "lite0.pth"}
+_WEIGHTS = {"deepmask_lite0": "lite0.pth", "sharpmask_lite0": "lite0.pth", "multipath_lite0": "multipath_lite0.pth"}
 
 DEFAULT = "sharpmask_lite0"
+DEFAULT_DETECTOR = "multipath_lite0"
 
 
 def names() -> list:
@@ -29,8 +30,6 @@ def get(name: str = DEFAULT) -> CfgNode:
     Raises:
         KeyError: no such model; the message lists those there are.
     """
-    import torch
-
     if name not in _WEIGHTS:
         raise KeyError(f"there is no packaged model {name!r}: choose from {names()}")
     folder = Path(__file__).parent
@@ -38,5 +37,12 @@ def get(name: str = DEFAULT) -> CfgNode:
     add_sharpmask_config(cfg)
     cfg.merge_from_file(str(folder / f"{name}.yaml"))
     cfg.MODEL.WEIGHTS = str(folder / _WEIGHTS[name])
-    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg.MODEL.DEVICE = device()
     return cfg
+
+
+def device() -> str:
+    """ "cuda" where there is one, else "cpu": where packaged models run."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

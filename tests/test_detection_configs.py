@@ -1,0 +1,100 @@
+"""Every file in configs/detection/ builds the detector it says; the backbones of detectors are the trunks."""
+
+import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
+
+# isort: split
+
+import pickle
+
+import pytest
+import torch
+from conftest import ROOT
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone, build_model
+from sharpmask_d2 import add_sharpmask_config
+from sharpmask_d2.modeling.backbone import VGGTrunk
+
+CONFIGS = ROOT / "configs" / "detection"
+# Name -> RoI heads, features they read, strides.
+MODELS = {
+    "fast_rcnn_VGG16": ("ProposalMaskROIHeads", {"conv5": 16}),
+    "multipath_VGG16": ("MultiPathROIHeads", {"conv3": 4, "conv4": 8, "conv5": 16}),
+    "fast_rcnn_R_50_C4": ("ProposalMaskRes5ROIHeads", {"res4": 16}),
+    "fast_rcnn_R_50_FPN": ("ProposalMaskROIHeads", {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}),
+    "fast_rcnn_lite0": ("ProposalMaskROIHeads", {"s16": 16}),
+    "faster_rcnn_lite0": ("StandardROIHeads", {"s16": 16}),
+    "multipath_lite0": ("MultiPathROIHeads", {"s8": 8, "s16": 16, "s32": 32}),
+}
+
+
+def load_yaml(name: str):
+    cfg = get_cfg()
+    add_sharpmask_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / f"{name}.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    # The package with the weights need not be installed.
+    cfg.MODEL.TIMM.PRETRAINED = ""
+    return cfg
+
+
+def test_every_yaml_is_checked_here():
+    assert {path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("Base-")} == set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_yaml_builds_its_detector(name):
+    heads, strides = MODELS[name]
+    cfg = load_yaml(name)
+    # VGG's fc6 would have 100 million parameters.
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
+    model = build_model(cfg)
+    assert type(model.roi_heads).__name__ == heads
+    assert {k: v.stride for k, v in model.backbone.output_shape().items()} == strides
+    assert model.roi_heads.num_classes == 80
+    assert (model.proposal_generator is None) == cfg.MODEL.LOAD_PROPOSALS
+    assert f"output/{name}" == cfg.OUTPUT_DIR
+
+
+def test_the_paper_s_schedule():
+    cfg = load_yaml("multipath_VGG16")
+    solver = cfg.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER, solver.STEPS) == (4, 0.001, 320000, (280000,))
+    assert (cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION) == (64, 0.25)
+    assert (cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN) == ((800,), 1000)
+    assert (cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN, cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST) == (1000, 400)
+    assert (cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE) == (0.3, 100)
+
+
+def test_vgg_weights_of_torchvision_load_from_a_pickle(tmp_path):
+    cfg = load_yaml("fast_rcnn_VGG16")
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
+    trunk = VGGTrunk(variant="D", padding="zeros", out_features=["conv5"])
+    weights = {name: value.numpy() for name, value in trunk.state_dict().items()}
+    path = tmp_path / "vgg16.pkl"
+    path.write_bytes(pickle.dumps({"model": weights, "__author__": "torchvision", "matching_heuristics": True}))
+    model = build_model(cfg)
+    DetectionCheckpointer(model).load(str(path))
+    for name, value in trunk.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[name], value)
+    frozen = {name for name, p in model.backbone.named_parameters() if not p.requires_grad}
+    # Two convolutions in each of the first two stages.
+    assert len(frozen) == 8
+
+
+def test_pyramid_on_a_timm_backbone_has_its_levels():
+    cfg = load_yaml("fast_rcnn_lite0")
+    cfg.MODEL.BACKBONE.NAME = "build_timm_fpn_backbone"
+    cfg.MODEL.TIMM.OUT_FEATURES = ["s8", "s16", "s32"]
+    cfg.MODEL.FPN.IN_FEATURES = ["s8", "s16", "s32"]
+    cfg.MODEL.FPN.OUT_CHANNELS = 24
+    backbone = build_backbone(cfg, ShapeSpec(channels=3)).eval()
+    with torch.no_grad():
+        features = backbone(torch.zeros(1, 3, 64, 96))
+    assert {name: tuple(x.shape[1:]) for name, x in features.items()} == {
+        "p3": (24, 8, 12),
+        "p4": (24, 4, 6),
+        "p5": (24, 2, 3),
+        "p6": (24, 1, 2),
+    }

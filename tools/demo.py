@@ -1,0 +1,34 @@
+#!/usr/bin/env python
+"""Detect objects: SharpMask proposals, classified; pictures with masks, boxes, class names and scores, and detections.json.
+
+    tools/demo.py --input photographs/ --output detections/
+
+A run that was stopped goes on where it was; an image that cannot be read is named, left out, and makes the exit status 1.
+"""
+
+import argparse
+import sys
+
+from sharpmask_d2.data import add_dataset_option, register_datasets
+from sharpmask_d2.detect import DEFAULT_DETECTOR, detect
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE_OR_DIR", help="images, or folders of images")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for detections.json and the pictures")
+    parser.add_argument("--model", default=DEFAULT_DETECTOR, help="a packaged detector; default %(default)s")
+    parser.add_argument("--config-file", help="a config instead of a packaged detector")
+    parser.add_argument("--weights", help="a checkpoint instead of the config's MODEL.WEIGHTS")
+    parser.add_argument(
+        "--score-threshold", type=float, default=0.3, help="pictures show what reaches it; default %(default)s"
+    )
+    add_dataset_option(parser)
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the config")
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    args = vars(parse_args())
+    register_datasets(args.pop("dataset"))
+    sys.exit(detect(**args))
