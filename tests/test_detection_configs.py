@@ -14,6 +14,7 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from sharpmask_d2 import add_sharpmask_config
+from sharpmask_d2.engine import reads_proposal_masks
 from sharpmask_d2.modeling.backbone import VGGTrunk
 
 CONFIGS = ROOT / "configs" / "detection"
@@ -55,6 +56,11 @@ def test_yaml_builds_its_detector(name):
     assert model.roi_heads.num_classes == 80
     assert (model.proposal_generator is None) == cfg.MODEL.LOAD_PROPOSALS
     assert f"output/{name}" == cfg.OUTPUT_DIR
+
+
+def test_heads_that_keep_masks_get_them_from_precomputed_proposals():
+    read = {name for name in MODELS if reads_proposal_masks(load_yaml(name))}
+    assert read == set(MODELS) - {"faster_rcnn_lite0"}
 
 
 def test_the_paper_s_schedule():

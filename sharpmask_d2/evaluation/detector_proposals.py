@@ -12,6 +12,7 @@ from torch import nn
 
 from ..data.proposal_mapper import get_proposal_dicts, load_proposal_masks
 from ..proposal_files import split_rles
+from ..structures import rescale_proposals
 from .proposal_evaluation import ProposalEvaluator
 
 # Before the keys of proposals, which are otherwise those of detections.
@@ -58,26 +59,6 @@ class GeneratedProposalEvaluator(ProposalEvaluator):
 
     def evaluate(self) -> "OrderedDict[str, dict[str, float]]":
         return _prefixed(super().evaluate())
-
-
-def rescale_proposals(proposals: Instances, height: Optional[int], width: Optional[int]) -> Instances:
-    """Proposals in the frame of the image resized to another size.
-
-    Args:
-        proposals: proposal_masks (WindowMasks) and objectness_logits.
-        height, width: in pixels; None leaves the side as it is.
-
-    Returns:
-        Instances with tight proposal_boxes of the masks; without those whose mask has no pixel there.
-    """
-    old_height, old_width = proposals.image_size
-    size = height or old_height, width or old_width
-    masks = proposals.proposal_masks.scale(size[1] / old_width, size[0] / old_height, size)
-    rescaled = Instances(size)
-    rescaled.proposal_boxes = masks.boxes()
-    rescaled.objectness_logits = proposals.objectness_logits
-    rescaled.proposal_masks = masks
-    return rescaled[rescaled.proposal_boxes.nonempty()]
 
 
 def evaluate_proposal_file(

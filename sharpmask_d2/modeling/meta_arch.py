@@ -12,6 +12,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..data.patch_mapper import PatchMapper
+from ..structures import rescale_proposals
 from .losses import mask_iou, mask_loss, score_loss
 from .proposal_generator import ImagePyramid
 from .resizing import resize
@@ -116,13 +117,4 @@ class SharpMaskProposalNetwork(nn.Module):
     def _proposals(self, inputs: dict) -> Instances:
         image = inputs["image"].to(self.device)
         proposals = self.pyramid(image.flip(0) if self.flip_channels else image)
-        height, width = proposals.image_size
-        size = inputs.get("height", height), inputs.get("width", width)
-        if size == (height, width):
-            return proposals
-        masks = proposals.proposal_masks.scale(size[1] / width, size[0] / height, size)
-        resized = Instances(size)
-        resized.proposal_boxes = masks.boxes()
-        resized.objectness_logits = proposals.objectness_logits
-        resized.proposal_masks = masks
-        return resized[resized.proposal_boxes.nonempty()]
+        return rescale_proposals(proposals, inputs.get("height"), inputs.get("width"))
