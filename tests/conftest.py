@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
@@ -188,6 +189,31 @@ def tiny_cfg(tmp_path):
     sharpmask.TEST.SCALES = [-1.0, 0.0]
     sharpmask.TEST.NUM_PROPOSALS = 20
     return cfg
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Three small images; the second is greyscale."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i, channels in enumerate([3, 1, 3]):
+        image = cv2.resize(rng.integers(0, 256, (6, 8, channels), dtype=np.uint8), (100 + i, 80))
+        cv2.imwrite(str(folder / f"{i}.png"), image)
+    return folder
+
+
+def to_small_detector(cfg, *, roi_heads: str, num_classes: int) -> None:
+    """Turn `tiny_cfg`, in place, into a detector on ResNet-18 whose proposals SharpMask makes."""
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMask"
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.ROI_HEADS.NAME = roi_heads
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 8
 
 
 @pytest.fixture(scope="session")

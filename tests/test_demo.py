@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import to_small_detector
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -28,16 +29,8 @@ def dataset(make_dataset, tmp_path):
 def detector_cfg(tiny_cfg, dataset):
     """A detector of two classes on SharpMask proposals, small and untrained."""
     cfg = tiny_cfg
-    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
-    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMask"
-    cfg.MODEL.RESNETS.DEPTH = 18
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
-    cfg.MODEL.ROI_HEADS.NAME = "ProposalMaskROIHeads"
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    to_small_detector(cfg, roi_heads="ProposalMaskROIHeads", num_classes=2)
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
-    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
-    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
-    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 8
     cfg.DATASETS.TRAIN = (dataset,)
     cfg.TEST.DETECTIONS_PER_IMAGE = 6
     return cfg
@@ -51,17 +44,6 @@ def config_file(detector_cfg, tmp_path):
     path = tmp_path / "detector.yaml"
     path.write_text(detector_cfg.dump())
     return path
-
-
-@pytest.fixture
-def photographs(tmp_path):
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(2):
-        image = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (100 + 10 * i, 80))
-        cv2.imwrite(str(folder / f"{i}.png"), image)
-    return folder
 
 
 def run(config_file, photographs, output, **options) -> int:
@@ -78,13 +60,13 @@ def test_json_and_pictures_of_all_images(config_file, photographs, tmp_path):
     output = tmp_path / "out"
     assert run(config_file, photographs, output, score_threshold=0.0) == 0
     results = json.loads((output / "detections.json").read_text())
-    assert {(r["image_id"], r["file_name"]) for r in results} == {(1, "0.png"), (2, "1.png")}
+    assert {(r["image_id"], r["file_name"]) for r in results} == {(1, "0.png"), (2, "1.png"), (3, "2.png")}
     assert {(r["category_id"], r["category_name"]) for r in results} <= {(3, "odd"), (7, "even")}
     for result in results:
         assert 0 <= result["score"] <= 1
-        assert result["segmentation"]["size"] == [80, 100 if result["image_id"] == 1 else 110]
+        assert result["segmentation"]["size"] == [80, 99 + result["image_id"]]
         assert mask_util.area(result["segmentation"]) > 0
-    for i in range(2):
+    for i in range(3):
         before, after = cv2.imread(str(photographs / f"{i}.png")), cv2.imread(str(output / f"{i}.jpg"))
         assert before.shape == after.shape
         assert np.abs(before.astype(int) - after).mean() > 5
@@ -101,7 +83,7 @@ def test_a_broken_image_is_named_and_the_rest_is_there(config_file, photographs,
     (photographs / "0.png").write_bytes(b"no image")
     assert run(config_file, photographs, tmp_path / "out") == 1
     assert "0.png" in capsys.readouterr().err
-    assert {r["image_id"] for r in json.loads((tmp_path / "out" / "detections.json").read_text())} == {2}
+    assert {r["image_id"] for r in json.loads((tmp_path / "out" / "detections.json").read_text())} == {2, 3}
 
 
 def test_results_have_the_ids_of_the_dataset(dataset):

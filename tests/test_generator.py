@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import to_small_detector
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
@@ -226,14 +227,7 @@ def test_packaged_weights_give_the_packaged_model_s_proposals(tmp_path):
 
 def test_a_generator_with_weights_of_its_own_stays_out_of_the_detector_s_checkpoints(cfg, tmp_path):
     torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "sharpmask.pth")
-    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
-    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMask"
-    cfg.MODEL.RESNETS.DEPTH = 18
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
-    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
-    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
-    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
-    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 4
+    to_small_detector(cfg, roi_heads="StandardROIHeads", num_classes=2)
     saved = set(build_model(cfg).state_dict())
     cfg.MODEL.SHARPMASK.GENERATOR.FROZEN = True
     cfg.MODEL.SHARPMASK.GENERATOR.WEIGHTS = str(tmp_path / "sharpmask.pth")

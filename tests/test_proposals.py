@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import to_small_detector
 from detectron2.data.build import load_proposals_into_dataset
 from detectron2.modeling import build_model
 from detectron2.modeling.proposal_generator import build_proposal_generator
@@ -29,18 +30,6 @@ def tiny_config(tiny_cfg, tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(cfg.dump())
     return path
-
-
-@pytest.fixture
-def photographs(tmp_path):
-    """Three small images; the second is greyscale."""
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i, channels in enumerate([3, 1, 3]):
-        image = cv2.resize(rng.integers(0, 256, (6, 8, channels), dtype=np.uint8), (100 + i, 80))
-        cv2.imwrite(str(folder / f"{i}.png"), image)
-    return folder
 
 
 def _compute(tiny_config, output, **options):
@@ -194,18 +183,7 @@ def test_the_generator_gives_the_stand_alone_proposals_inside_a_detector(tiny_cf
 
 def test_a_detector_with_sharpmask_proposals_runs(tiny_cfg):
     cfg = tiny_cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
-    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMask"
-    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
-    cfg.MODEL.RESNETS.DEPTH = 18
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
-    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
-    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["res4"]
-    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
-    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
-    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
+    to_small_detector(cfg, roi_heads="StandardROIHeads", num_classes=3)
     model = build_model(cfg).eval()
     with torch.no_grad():
         (output,) = model([{"image": torch.rand(3, 60, 80) * 255}])
