@@ -15,6 +15,7 @@ import pycocotools.mask as coco_mask
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.modeling import build_model
 from PIL import Image
 from sharpmask_d2 import add_sharpmask_config
 
@@ -201,6 +202,16 @@ def photographs(tmp_path):
         image = cv2.resize(rng.integers(0, 256, (6, 8, channels), dtype=np.uint8), (100 + i, 80))
         cv2.imwrite(str(folder / f"{i}.png"), image)
     return folder
+
+
+def write_with_weights(cfg, folder: Path) -> Path:
+    """Build the model of `cfg`, save its random weights, name them in `cfg`, and write it. Returns the path of the yaml."""
+    torch.manual_seed(0)
+    cfg.MODEL.WEIGHTS = str(folder / "model.pth")
+    torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
+    path = folder / "model.yaml"
+    path.write_text(cfg.dump())
+    return path
 
 
 def to_small_detector(cfg, *, roi_heads: str, num_classes: int) -> None:

@@ -6,9 +6,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import to_small_detector
+from conftest import to_small_detector, write_with_weights
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_util
 from sharpmask_d2 import detect, model_zoo
@@ -38,12 +37,7 @@ def detector_cfg(tiny_cfg, dataset):
 
 @pytest.fixture
 def config_file(detector_cfg, tmp_path):
-    torch.manual_seed(0)
-    torch.save({"model": build_model(detector_cfg).state_dict()}, tmp_path / "detector.pth")
-    detector_cfg.MODEL.WEIGHTS = str(tmp_path / "detector.pth")
-    path = tmp_path / "detector.yaml"
-    path.write_text(detector_cfg.dump())
-    return path
+    return write_with_weights(detector_cfg, tmp_path)
 
 
 def run(config_file, photographs, output, **options) -> int:
@@ -149,14 +143,14 @@ def test_predictor_refuses_what_it_cannot_run(detector_cfg, config_file):
 
 def test_weights_of_another_model_are_refused(detector_cfg, config_file):
     detector_cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 12
-    with pytest.raises(ValueError, match=r"detector\.pth does not fit"):
+    with pytest.raises(ValueError, match=r"model\.pth does not fit"):
         DetectionPredictor(detector_cfg)
 
 
 def test_the_generator_s_own_weights_need_not_be_in_the_detector_s_file(detector_cfg, config_file, tmp_path):
-    state = torch.load(tmp_path / "detector.pth", weights_only=True)["model"]
+    state = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
     prefix = "proposal_generator."
-    torch.save({"model": {k: v for k, v in state.items() if not k.startswith(prefix)}}, tmp_path / "detector.pth")
+    torch.save({"model": {k: v for k, v in state.items() if not k.startswith(prefix)}}, tmp_path / "model.pth")
     with pytest.raises(ValueError, match=r"lacks.*proposal_generator"):
         DetectionPredictor(detector_cfg)
     own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import to_small_detector
+from conftest import to_small_detector, write_with_weights
 from detectron2.data.build import load_proposals_into_dataset
 from detectron2.modeling import build_model
 from detectron2.modeling.proposal_generator import build_proposal_generator
@@ -24,12 +24,7 @@ def tiny_config(tiny_cfg, tmp_path):
     """A config file with weights for it, with 12 proposals an image."""
     cfg = tiny_cfg.clone()
     cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 12
-    torch.manual_seed(0)
-    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "tiny.pth")
-    cfg.MODEL.WEIGHTS = str(tmp_path / "tiny.pth")
-    path = tmp_path / "tiny.yaml"
-    path.write_text(cfg.dump())
-    return path
+    return write_with_weights(cfg, tmp_path)
 
 
 def _compute(tiny_config, output, **options):

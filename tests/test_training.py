@@ -168,9 +168,8 @@ def test_resumed_after_kill_goes_on_as_if_nothing_had_happened(cfg, drawn):
     assert_same(momenta, whole_momenta)
 
 
-def test_eval_only_prints_patch_metrics_and_average_recall(cfg, drawn):
-    cfg.DATASETS.TEST = (NAME,)
-    done = subprocess.run(
+def run_eval_only(cfg, drawn) -> subprocess.CompletedProcess:
+    return subprocess.run(
         command(cfg, drawn, "--eval-only"),
         env=environment(),
         stdout=subprocess.PIPE,
@@ -178,6 +177,11 @@ def test_eval_only_prints_patch_metrics_and_average_recall(cfg, drawn):
         text=True,
         check=False,
     )
+
+
+def test_eval_only_prints_patch_metrics_and_average_recall(cfg, drawn):
+    cfg.DATASETS.TEST = (NAME,)
+    done = run_eval_only(cfg, drawn)
     assert done.returncode == 0, done.stdout[-4000:]
     for text in ("Task: patches", "mean IoU", "score accuracy", "Task: segm", "Task: bbox", "AR@1000", "AUC"):
         assert text in done.stdout
@@ -188,14 +192,7 @@ def test_eval_only_refuses_the_checkpoint_of_another_model(cfg, drawn, tmp_path)
     torch.save({"model": {"somebody.elses": torch.zeros(1)}}, tmp_path / "other.pth")
     cfg.DATASETS.TEST = (NAME,)
     cfg.MODEL.WEIGHTS = str(tmp_path / "other.pth")
-    done = subprocess.run(
-        command(cfg, drawn, "--eval-only"),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    done = run_eval_only(cfg, drawn)
     assert done.returncode != 0
     assert "other.pth does not fit this model" in done.stdout
 

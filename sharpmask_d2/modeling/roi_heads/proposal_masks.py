@@ -4,6 +4,7 @@ Shape letters: N detections of an image, H W image.
 """
 
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, FastRCNNOutputLayers, Res5ROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import BitMasks, ROIMasks
 from torch import Tensor
 
@@ -79,13 +80,19 @@ class MaskKeepingOutputLayers(FastRCNNOutputLayers):
     """Detectron2's box predictor, whose detections keep the masks of their proposals. Parameters have the same names."""
 
     def inference(self, predictions: tuple, proposals: list) -> tuple:
-        instances, indices = super().inference(predictions, proposals)
+        all_boxes, all_scores = self.predict_boxes(predictions, proposals), self.predict_probs(predictions, proposals)
+        instances, indices = fast_rcnn_inference(
+            all_boxes,
+            all_scores,
+            [proposed.image_size for proposed in proposals],
+            self.test_score_thresh,
+            self.test_nms_thresh,
+            self.test_topk_per_image,
+        )
         # Detectron2 leaves out proposals whose prediction is not finite, and counts in those that are left.
         finite = [
-            (boxes.isfinite().all(1) & scores.isfinite().all(1)).nonzero()[:, 0]
-            for boxes, scores in zip(
-                self.predict_boxes(predictions, proposals), self.predict_probs(predictions, proposals)
-            )
+            (boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1)).nonzero()[:, 0]
+            for boxes, scores in zip(all_boxes, all_scores)
         ]
         indices = [kept[index] for kept, index in zip(finite, indices)]
         attach_proposal_masks(instances, proposals, indices)
