@@ -126,6 +126,8 @@ def add_sharpmask_config(cfg: CN) -> None:
     _C.TEST.MASK_THRESHOLD = 0.2
     # IoU above which a proposal's box suppresses lower ones; 1 is off, as in the papers.
     _C.TEST.NMS_THRESH = 1.0
+    # Lower the scores of proposals whose masks overlap those of better ones (Matrix NMS).
+    _C.TEST.MASK_NMS = False
     # Windows refined at a time: bounds the memory.
     _C.TEST.WINDOWS_PER_BATCH = 128
 
@@ -151,6 +153,30 @@ def add_sharpmask_config(cfg: CN) -> None:
     # Windows of an image that pay losses, and the share of them, at most, that are positive.
     _C.GENERATOR.WINDOWS_PER_IMAGE = 64
     _C.GENERATOR.POSITIVE_FRACTION = 0.5
+
+    # --- on a feature pyramid (MODEL.PROPOSAL_GENERATOR.NAME: SharpMaskFPN) --------------------------------------------------
+    # It reads the backbone, and of the keys above: WINDOW_SIZE (what LABELS refer to), EMBED_DIM, REFINEMENT.CHANNELS, SCHEDULE and
+    # UPSAMPLING, the weights of the losses, LABELS, GENERATOR.FROZEN, WINDOWS_PER_IMAGE and POSITIVE_FRACTION, and TEST.
+    _C.FPN = CN()
+    # Levels of the backbone's pyramid, fine to coarse, and how many coarser ones are made of the last.
+    _C.FPN.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    _C.FPN.EXTRA_LEVELS = 2
+    # Sides of the windows in cells of their level; 5 and 7 are a half octave apart.
+    _C.FPN.WINDOW_CELLS = [5, 7]
+    # Larger side of an object that fits its window, as a share of the window's: 0.8 in FPN's section 6, 0.57 in DeepMask.
+    _C.FPN.OBJECT_SHARE = 0.8
+    # Channels of the score branch.
+    _C.FPN.SCORE_CHANNELS = 64
+    # Refinement modules: masks of 14 (0), 28 (1) or 56 cells (2).
+    _C.FPN.NUM_REFINEMENTS = 2
+    # Predict the IoU of masks and multiply it into the objectness; weight of its loss.
+    _C.FPN.QUALITY = True
+    _C.FPN.QUALITY_LOSS_WEIGHT = 1.0
+    # Windows that learn a mask, positive or not: this near to an object, in pixels of the patch and in octaves (see LABELS).
+    _C.FPN.MASK_SHIFT = 24.0
+    _C.FPN.MASK_OCTAVES = 0.5
+    # Share of the negatives that are those of highest score.
+    _C.FPN.HARD_FRACTION = 0.5
     # Masks of detections: "proposal", those of the proposals they came from; "head", Detectron2's mask head; "none".
     _C.DETECTION_MASKS = "proposal"
 
@@ -192,6 +218,18 @@ def add_sharpmask_config(cfg: CN) -> None:
     _M.BOX_VOTING = 0.0
     # Iterative localisation: times that the network runs on RoIs, from the second on those it predicted itself.
     _M.ITERATIONS = 1
+
+    # --- large-scale jitter: images resized at random, and a square cut out of or around them ---------------------------------
+    cfg.INPUT.SCALE_JITTER = CN()
+    cfg.INPUT.SCALE_JITTER.ENABLED = False
+    # Longer side in pixels that a scale of 1 gives an image, and the scales.
+    cfg.INPUT.SCALE_JITTER.SIDE = 640
+    cfg.INPUT.SCALE_JITTER.MIN_SCALE = 0.5
+    cfg.INPUT.SCALE_JITTER.MAX_SCALE = 1.5
+    # Side of the square in pixels.
+    cfg.INPUT.SCALE_JITTER.CROP = 416
+    # Strength of random brightness, contrast and saturation.
+    cfg.INPUT.SCALE_JITTER.COLOR = 0.2
 
     # --- solver --------------------------------------------------------------------------------------------------------
     # "SGD" (Detectron2's own) or "ADAMW".

@@ -15,6 +15,7 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from torch import nn
 
 from .data import (
+    build_jitter_train_loader,
     build_patch_test_loader,
     build_patch_train_loader,
     build_proposal_test_loader,
@@ -30,7 +31,13 @@ from .evaluation import (
 )
 from .modeling.roi_heads import ProposalMaskRes5ROIHeads, ProposalMaskROIHeads
 
-ARCHITECTURE = "SharpMaskProposalNetwork"
+# The stand-alone networks: trained on patches, or on full images.
+ARCHITECTURE, PYRAMID_ARCHITECTURE = "SharpMaskProposalNetwork", "SegmentProposalNetwork"
+ALONE = (ARCHITECTURE, PYRAMID_ARCHITECTURE)
+# These and Detectron2's own, an RPN alone, give proposals and no detections.
+_PROPOSAL_NETWORKS = (*ALONE, "ProposalNetwork")
+# Proposal generators whose proposals can be evaluated within a detector.
+_GENERATORS = ("SharpMask", "SharpMaskFPN")
 
 
 def reads_proposal_masks(cfg) -> bool:
@@ -38,23 +45,43 @@ def reads_proposal_masks(cfg) -> bool:
     model = cfg.MODEL
     return (
         model.LOAD_PROPOSALS
-        and model.META_ARCHITECTURE != ARCHITECTURE
+        and model.META_ARCHITECTURE not in ALONE
         and issubclass(ROI_HEADS_REGISTRY.get(model.ROI_HEADS.NAME), (ProposalMaskROIHeads, ProposalMaskRes5ROIHeads))
         and model.SHARPMASK.DETECTION_MASKS == "proposal"
     )
 
 
 def makes_proposals(cfg) -> bool:
-    """Whether the model is a detector with the online generator SharpMask."""
-    return cfg.MODEL.META_ARCHITECTURE != ARCHITECTURE and cfg.MODEL.PROPOSAL_GENERATOR.NAME == "SharpMask"
+    """Whether the model is a detector with an online generator of this package."""
+    return cfg.MODEL.META_ARCHITECTURE not in ALONE and cfg.MODEL.PROPOSAL_GENERATOR.NAME in _GENERATORS
 
 
 class _CpuAutocastTrainer(SimpleTrainer):
-    """SOLVER.AMP on a CPU: bfloat16, which needs no loss scaling."""
+    """SOLVER.AMP on a CPU: bfloat16, which needs no loss scaling, but for convolutions in which its gradients are slow."""
+
+    def __init__(self, model: nn.Module, *args):
+        super().__init__(model, *args)
+        for module in model.modules():
+            if (
+                isinstance(module, nn.Conv2d)
+                and module.groups == module.in_channels > 1
+                and module.weight.requires_grad
+            ):
+                module.forward = _in_float32(module.forward)
 
     def run_step(self):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             super().run_step()
+
+
+def _in_float32(forward):
+    def run(x):
+        if not torch.is_grad_enabled():
+            return forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return forward(x.float())
+
+    return run
 
 
 class _SeedStep(hooks.HookBase):
@@ -138,6 +165,8 @@ class Trainer(DefaultTrainer):
             return build_patch_train_loader(cfg)
         if reads_proposal_masks(cfg):
             return build_proposal_train_loader(cfg)
+        if cfg.INPUT.SCALE_JITTER.ENABLED:
+            return build_jitter_train_loader(cfg)
         return super().build_train_loader(cfg)
 
     @classmethod
@@ -152,7 +181,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
-        if cfg.MODEL.META_ARCHITECTURE == ARCHITECTURE:
+        if cfg.MODEL.META_ARCHITECTURE in _PROPOSAL_NETWORKS:
             return ProposalEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
         return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
 
@@ -174,7 +203,7 @@ class Trainer(DefaultTrainer):
         """
         if evaluators is not None:
             return super().test(cfg, model, evaluators)
-        evaluate = cls._test_network if cfg.MODEL.META_ARCHITECTURE == ARCHITECTURE else cls._test_detector
+        evaluate = cls._test_network if cfg.MODEL.META_ARCHITECTURE in _PROPOSAL_NETWORKS else cls._test_detector
         return _for_each_dataset(cfg, lambda name: evaluate(cfg, model, name))
 
     @classmethod
@@ -192,7 +221,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def _test_network(cls, cfg, model, name: str) -> dict:
         test, results = cfg.MODEL.SHARPMASK.TEST, {}
-        if test.PATCHES_PER_IMAGE:
+        if test.PATCHES_PER_IMAGE and cfg.MODEL.META_ARCHITECTURE == ARCHITECTURE:
             results.update(inference_on_dataset(model, build_patch_test_loader(cfg, name), PatchEvaluator()))
         if test.FULL_IMAGES:
             loader = build_detection_test_loader(cfg, name)

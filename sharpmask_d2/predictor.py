@@ -10,7 +10,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.structures import Instances
 
 from .checkpoint import StrictCheckpointer
-from .engine import ARCHITECTURE, Trainer
+from .engine import ALONE, Trainer
 from .modeling.layers import fold_batch_norm
 
 
@@ -29,15 +29,16 @@ class ProposalPredictor:
         Raises:
             ValueError: another architecture, or weights that lack parameters of the model; the message names them.
         """
-        if cfg.MODEL.META_ARCHITECTURE != ARCHITECTURE:
+        if cfg.MODEL.META_ARCHITECTURE not in ALONE:
             raise ValueError(
-                f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: a predictor of proposals needs {ARCHITECTURE}"
+                f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: a predictor of proposals needs one of {ALONE}"
             )
         self.cfg = cfg
         model = Trainer.build_model(cfg)
         if cfg.MODEL.WEIGHTS:
             StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
         self.model = fold_batch_norm(model.eval())
+        self.resize = _build_resize(cfg)
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> Instances:
@@ -51,7 +52,7 @@ class ProposalPredictor:
         Raises:
             ValueError: not a colour image, or one without pixels.
         """
-        return self.model([{"image": _to_tensor(image, self.cfg)}])[0]["proposals"]
+        return self.model([_prepare(image, self.resize, self.cfg)])[0]["proposals"]
 
 
 class DetectionPredictor:
@@ -69,9 +70,9 @@ class DetectionPredictor:
         Raises:
             ValueError: no detector, a detector that waits for precomputed proposals, or weights that lack parameters.
         """
-        if cfg.MODEL.META_ARCHITECTURE == ARCHITECTURE:
+        if cfg.MODEL.META_ARCHITECTURE in ALONE:
             raise ValueError(
-                f"MODEL.META_ARCHITECTURE is {ARCHITECTURE}, which only makes proposals: a detector is needed"
+                f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, which only makes proposals: a detector is needed"
             )
         if cfg.MODEL.LOAD_PROPOSALS:
             raise ValueError(
@@ -82,8 +83,7 @@ class DetectionPredictor:
         model = Trainer.build_model(cfg)
         StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
         self.model = fold_batch_norm(model.eval())
-        sizes = [cfg.INPUT.MIN_SIZE_TEST] * 2
-        self.resize = ResizeShortestEdge(sizes, cfg.INPUT.MAX_SIZE_TEST)
+        self.resize = _build_resize(cfg)
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> Instances:
@@ -98,11 +98,7 @@ class DetectionPredictor:
         Raises:
             ValueError: not a colour image, or one without pixels.
         """
-        _check_image(image)
-        height, width = image.shape[:2]
-        resized = self.resize.get_transform(image).apply_image(image)
-        inputs = {"image": _to_tensor(resized, self.cfg), "height": height, "width": width}
-        return self.model([inputs])[0]["instances"]
+        return self.model([_prepare(image, self.resize, self.cfg)])[0]["instances"]
 
 
 def _check_image(image: np.ndarray) -> None:
@@ -110,8 +106,14 @@ def _check_image(image: np.ndarray) -> None:
         raise ValueError(f"expected a colour image of shape (height, width, 3), got {image.shape}")
 
 
-def _to_tensor(image: np.ndarray, cfg: CfgNode) -> torch.Tensor:
-    """(H, W, 3) BGR to (3, H, W) in the order that the model takes."""
+def _build_resize(cfg: CfgNode) -> ResizeShortestEdge:
+    return ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+
+
+def _prepare(image: np.ndarray, resize: ResizeShortestEdge, cfg: CfgNode) -> dict:
+    """(H, W, 3) BGR to a model's input."""
     _check_image(image)
-    pixels = image[:, :, ::-1] if cfg.INPUT.FORMAT == "RGB" else image
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    resized = resize.get_transform(image).apply_image(image)
+    pixels = resized[:, :, ::-1] if cfg.INPUT.FORMAT == "RGB" else resized
+    tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return {"image": tensor, "height": image.shape[0], "width": image.shape[1]}

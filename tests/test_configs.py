@@ -32,6 +32,8 @@ MODELS = {
     "sharpmask_zoom_R_50": (SharpMaskRefinement, 160, 8),
     "skip_R_50": (SkipRefinement, 160, 7),
 }
+# Name -> refinement modules, side of the mask.
+PYRAMID_MODELS = {"sharpmask_fpn_lite0": (2, 56), "sharpmask_fpn_R_50": (2, 56)}
 LAZY = sorted(path.stem for path in (CONFIGS / "lazy").glob("*.py"))
 
 
@@ -42,7 +44,7 @@ def load_yaml(name: str):
     cfg.MODEL.DEVICE = "cpu"
     if "lite0" in name:
         # The package with the weights need not be installed.
-        cfg.MODEL.SHARPMASK.TRUNK.PRETRAINED = ""
+        cfg.MODEL.SHARPMASK.TRUNK.PRETRAINED = cfg.MODEL.TIMM.PRETRAINED = ""
     return cfg
 
 
@@ -55,7 +57,7 @@ def load_lazy(name: str):
 
 def test_every_yaml_is_checked_here():
     names = {path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("Base-")}
-    assert names == set(MODELS)
+    assert names == set(MODELS) | set(PYRAMID_MODELS)
     assert set(LAZY) <= names
 
 
@@ -80,6 +82,20 @@ def test_yaml_builds_its_model(name):
         scores, masks = model.eval().pyramid.network(torch.zeros(1, 3, side, side))
     assert scores.shape == (1,)
     assert masks.shape[1:] == ((56, 56) if branch is CoarseMask else (window, window))
+
+
+@pytest.mark.parametrize("name", PYRAMID_MODELS)
+def test_yaml_builds_its_pyramid_model(name):
+    refinements, side = PYRAMID_MODELS[name]
+    cfg = load_yaml(name)
+    model = build_model(cfg)
+    generator = model.proposal_generator
+    assert generator.strides == [4, 8, 16, 32, 64, 128]
+    assert generator.window_cells == [5, 7]
+    assert (len(generator.decoder.steps), generator.decoder.mask_size) == (refinements, side)
+    assert not generator.frozen
+    assert cfg.INPUT.SCALE_JITTER.ENABLED
+    assert Path(cfg.OUTPUT_DIR) == Path("output", name)
 
 
 @pytest.mark.parametrize(

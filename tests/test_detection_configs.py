@@ -41,7 +41,8 @@ def load_yaml(name: str):
 
 
 def test_every_yaml_is_checked_here():
-    assert {path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("Base-")} == set(MODELS)
+    names = {path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("Base-")}
+    assert names == set(MODELS) | {"rpn_fpn_lite0", "mask_rcnn_agnostic_lite0"}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -99,8 +100,27 @@ def test_pyramid_on_a_timm_backbone_has_its_levels():
     with torch.no_grad():
         features = backbone(torch.zeros(1, 3, 64, 96))
     assert {name: tuple(x.shape[1:]) for name, x in features.items()} == {
+        "s8": (40, 8, 12),
+        "s16": (112, 4, 6),
+        "s32": (320, 2, 3),
         "p3": (24, 8, 12),
         "p4": (24, 4, 6),
         "p5": (24, 2, 3),
         "p6": (24, 1, 2),
     }
+
+
+def test_peers_of_the_feature_pyramid_model_differ_from_it_by_their_heads_alone():
+    ours, rpn, mask_rcnn = (
+        load_yaml(name) for name in ("../sharpmask_fpn_lite0", "rpn_fpn_lite0", "mask_rcnn_agnostic_lite0")
+    )
+    for cfg in (rpn, mask_rcnn):
+        for section in ("INPUT", "SOLVER", "DATALOADER", "SEED"):
+            assert cfg[section] == ours[section]
+        for section in ("BACKBONE", "FPN", "TIMM", "PIXEL_MEAN", "PIXEL_STD", "MASK_ON"):
+            assert cfg.MODEL[section] == ours.MODEL[section]
+    shapes = {name: x.shape for name, x in build_model(ours).backbone.state_dict().items()}
+    assert {name: x.shape for name, x in build_model(rpn).backbone.state_dict().items()} == shapes
+    model = build_model(mask_rcnn)
+    assert {name: x.shape for name, x in model.backbone.state_dict().items()} == shapes
+    assert (model.roi_heads.num_classes, mask_rcnn.TEST.DETECTIONS_PER_IMAGE) == (1, 1000)

@@ -7,6 +7,7 @@ from .proposal_mapper import (
     build_proposal_train_loader,
     load_proposal_masks,
 )
+from .scale_jitter import build_jitter_train_loader
 from .window_sampling import WindowSampler
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ProposalMapper",
     "WindowSampler",
     "add_dataset_option",
+    "build_jitter_train_loader",
     "build_patch_test_loader",
     "build_patch_train_loader",
     "build_proposal_test_loader",

@@ -1,4 +1,4 @@
-"""The stand-alone network: trained on patches, gives proposals at test time.
+"""The stand-alone networks: one is trained on patches, the other on full images; both give proposals at test time.
 
 Shape letters: B patches of all images, P patches of an image, M mask side.
 """
@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.structures import Instances
+from detectron2.modeling.meta_arch.rcnn import ProposalNetwork
+from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -67,7 +68,7 @@ class SharpMaskProposalNetwork(nn.Module):
 
         Returns:
             in training, a dict of losses. Else a dict per image: for patches, `scores` (P,) and `masks` (P, M, M), logits at the window's
-            size; for images, `proposals`, Instances in the frame of the original image (`height`, `width` of the dict).
+            size; for images, `proposals`, Instances in the frame of the original image (`height`, `width` there).
         """
         if self.training:
             return self._losses(batched_inputs)
@@ -118,3 +119,46 @@ class SharpMaskProposalNetwork(nn.Module):
         image = inputs["image"].to(self.device)
         proposals = self.pyramid(image.flip(0) if self.flip_channels else image)
         return rescale_proposals(proposals, inputs.get("height"), inputs.get("width"))
+
+
+@META_ARCH_REGISTRY.register()
+class SegmentProposalNetwork(ProposalNetwork):
+    """A backbone and SharpMaskFPN alone (MODEL.META_ARCHITECTURE: SegmentProposalNetwork): Detectron2's ProposalNetwork with masks."""
+
+    def forward(self, batched_inputs: list):
+        """
+        Args:
+            batched_inputs: a dict per image, as Detectron2's mapper makes them: `image` (3, H, W) in 0..255, in training `instances` with
+                masks.
+
+        Returns:
+            in training, a dict of losses. Else a dict per image: `proposals`, Instances in the frame of the original image (`height`,
+            `width` of the dict).
+        """
+        if self.training:
+            if self.proposal_generator.frozen:
+                raise ValueError(
+                    "MODEL.SHARPMASK.GENERATOR.FROZEN is True: alone, without a detector, there is nothing left to train; set it to False"
+                )
+            images, features = self._features(batched_inputs)
+            pyramid = self.proposal_generator.pyramid(images.image_sizes, features)
+            instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
+            return self.proposal_generator.losses(pyramid, instances)
+        # Padding to the size of another image would reach into the features: images of one size go together.
+        by_size = {}
+        for number, inputs in enumerate(batched_inputs):
+            by_size.setdefault(tuple(inputs["image"].shape), []).append(number)
+        outputs = [None] * len(batched_inputs)
+        for numbers in by_size.values():
+            images, features = self._features([batched_inputs[number] for number in numbers])
+            proposals, _ = self.proposal_generator(images, features)
+            for number, proposed in zip(numbers, proposals):
+                inputs = batched_inputs[number]
+                proposed = rescale_proposals(proposed, inputs.get("height"), inputs.get("width"))
+                outputs[number] = {"proposals": proposed}
+        return outputs
+
+    def _features(self, batched_inputs: list) -> tuple:
+        pixels = [(inputs["image"].to(self.device) - self.pixel_mean) / self.pixel_std for inputs in batched_inputs]
+        images = ImageList.from_tensors(pixels, self.backbone.size_divisibility)
+        return images, self.backbone(images.tensor.contiguous(memory_format=torch.channels_last))

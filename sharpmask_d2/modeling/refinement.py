@@ -101,10 +101,11 @@ class RefinementModule(nn.Module):
             summed = self.joint(torch.cat([self.vertical(encoding), skip], dim=1))
         else:
             summed = self.vertical(encoding) + skip
-        return _upsample(summed.relu_(), self.upsampling)
+        return upsample(summed.relu_(), self.upsampling)
 
 
-def _upsample(x: Tensor, mode: str) -> Tensor:
+def upsample(x: Tensor, mode: str) -> Tensor:
+    """Maps (N, C, m, m) at twice the resolution; mode "nearest" or "bilinear"."""
     return F.interpolate(x, scale_factor=2, mode=mode, **({"align_corners": False} if mode == "bilinear" else {}))
 
 
@@ -232,7 +233,7 @@ class SkipRefinement(_FromEmbedding):
         """(N, E) and a list of (N, 1, m, m) to (N, M, M) mask logits."""
         mask = self.first(embeddings)
         for skip in skips:
-            mask = _upsample(mask + skip, "bilinear")
+            mask = upsample(mask + skip, "bilinear")
         return mask[:, 0]
 
 

@@ -87,6 +87,32 @@ def cell_windows(level: Level, ys: Tensor, xs: Tensor, window_size: int, stride:
     return torch.cat([(centres - half) * scale, (centres + half) * scale], dim=1)
 
 
+def pyramid_sizes(image_size: tuple, strides: list) -> list:
+    """Rows and columns (Y, X) of the cells that an image has on each level of a feature pyramid; those it covers in part count.
+
+    Args:
+        image_size: (height, width) in pixels.
+        strides: of the levels, in pixels.
+    """
+    return [tuple(-(-side // stride) for side in image_size) for stride in strides]
+
+
+def centred_windows(ys: Tensor, xs: Tensor, strides: Tensor, cells: Tensor) -> Tensor:
+    """Windows centred on cells of a feature pyramid: cell (y, x) covers [S x, S (x + 1)) x [S y, S (y + 1)) of the image.
+
+    Args:
+        ys, xs: (N,) rows and columns of cells.
+        strides: (N,) pixels that a cell of the window's level covers.
+        cells: (N,) side of the window in such cells, odd.
+
+    Returns:
+        (N, 4) float32 XYXY in the frame of the image, in pixels; they may lie partly outside.
+    """
+    centres = (torch.stack([xs, ys], dim=1) + 0.5) * strides[:, None]
+    half = (cells * strides)[:, None] / 2
+    return torch.cat([centres - half, centres + half], dim=1).float()
+
+
 def corner_aligned(windows: Tensor, mask_size: int) -> Tensor:
     """Windows of masks whose outermost cells have their centres on the window's edge, as the released code lays them.
 

@@ -1,8 +1,49 @@
-"""Proposals of an image as Instances."""
+"""Proposals of an image as Instances.
+
+Shape letters: N proposals.
+"""
 
 from typing import Optional
 
 from detectron2.structures import Instances
+from torch import Tensor
+from torchvision.ops import nms
+
+from .mask_nms import mask_overlaps, matrix_nms
+from .window_masks import WindowMasks
+
+
+def build_proposals(scores: Tensor, masks: WindowMasks, *, nms_thresh: float, mask_nms: bool = False) -> Instances:
+    """Proposals out of window masks and their scores.
+
+    Args:
+        scores: (N,) logits, highest first.
+        masks: N masks.
+        nms_thresh: IoU of boxes above which the lower score goes; 1 keeps all.
+        mask_nms: lower the scores of proposals whose masks overlap better ones (see `mask_nms.matrix_nms`), and sort anew.
+
+    Returns:
+        Instances in the frame of the masks' image, best first: proposal_boxes (Boxes, tight), objectness_logits, proposal_masks
+        (WindowMasks). Empty masks are left out.
+    """
+    boxes = masks.boxes()
+    # Beside finite scores: a training that diverges is for the losses to show.
+    keep = boxes.nonempty() & scores.isfinite()
+    if nms_thresh < 1:
+        candidates = keep.nonzero()[:, 0]
+        keep = candidates[nms(boxes.tensor[candidates], scores[candidates], nms_thresh)]
+    elif mask_nms:
+        keep = keep.nonzero()[:, 0]
+    if mask_nms:
+        lowered = matrix_nms(scores[keep], mask_overlaps(masks[keep]))
+        lowered, order = lowered.sort(descending=True)
+        keep = keep[order]
+        scores = scores.index_copy(0, keep, lowered)
+    proposals = Instances(masks.image_size)
+    proposals.proposal_boxes = boxes[keep]
+    proposals.objectness_logits = scores[keep]
+    proposals.proposal_masks = masks[keep]
+    return proposals
 
 
 def rescale_proposals(proposals: Instances, height: Optional[int], width: Optional[int]) -> Instances:

@@ -2,7 +2,9 @@
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+from torch import Tensor
 
 from .timm import TimmTrunk
 from .vgg import VGGTrunk
@@ -22,12 +24,52 @@ def build_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmTrunk:
     )
 
 
+class TrunkAndPyramid(Backbone):
+    """A trunk and a feature pyramid on it, with the features of both: a detector may classify by those that the pyramid did not change."""
+
+    def __init__(self, *, trunk: Backbone, **pyramid):
+        """
+        Args:
+            trunk: gives the features that the pyramid reads.
+            pyramid: the other arguments of Detectron2's FPN.
+        """
+        super().__init__()
+        self.trunk = trunk
+        self.pyramid = FPN(bottom_up=_Handover(trunk.output_shape()), **pyramid)
+
+    def forward(self, x: Tensor) -> dict:
+        """Normalised images (B, 3, H, W) to the features of trunk and pyramid."""
+        features = self.trunk(x)
+        return {**features, **self.pyramid(features)}
+
+    @property
+    def size_divisibility(self) -> int:
+        return max(self.trunk.size_divisibility, self.pyramid.size_divisibility)
+
+    def output_shape(self) -> dict:
+        return {**self.trunk.output_shape(), **self.pyramid.output_shape()}
+
+
+class _Handover(Backbone):
+    """In the place of the network under a pyramid: hands on features that are there already."""
+
+    def __init__(self, shapes: dict):
+        super().__init__()
+        self._shapes = dict(shapes)
+
+    def forward(self, x: dict) -> dict:
+        return x
+
+    def output_shape(self) -> dict:
+        return self._shapes
+
+
 @BACKBONE_REGISTRY.register()
-def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """The same under a feature pyramid from MODEL.FPN: p2 .. p5 of s4 .. s32, and p6 by pooling."""
+def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> TrunkAndPyramid:
+    """The same and a feature pyramid from MODEL.FPN: s4 .. s32 as in MODEL.TIMM.OUT_FEATURES, p2 .. p5 of them, and p6 by pooling."""
     fpn = cfg.MODEL.FPN
-    return FPN(
-        bottom_up=build_timm_backbone(cfg, input_shape),
+    return TrunkAndPyramid(
+        trunk=build_timm_backbone(cfg, input_shape),
         in_features=fpn.IN_FEATURES,
         out_channels=fpn.OUT_CHANNELS,
         norm=fpn.NORM,

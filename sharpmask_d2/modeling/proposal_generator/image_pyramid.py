@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.structures import Instances
 from torch import Tensor, nn
-from torchvision.ops import nms
 
 from ...data.patch_mapper import PADDING_VALUE
-from ...structures import WindowMasks
+from ...structures import WindowMasks, build_proposals
 from ..resizing import resize
 from ..sharpmask import SharpMaskNetwork, WindowGrid
 from ..window_targets import split_cells
@@ -36,6 +35,7 @@ class ImagePyramid(nn.Module):
         num_proposals: int,
         mask_threshold: float,
         nms_thresh: float,
+        mask_nms: bool = False,
         windows_per_batch: int,
     ):
         """
@@ -46,6 +46,7 @@ class ImagePyramid(nn.Module):
             num_proposals: most proposals of an image.
             mask_threshold: probability above which a pixel is foreground.
             nms_thresh: IoU of boxes above which the lower score goes; 1 keeps all.
+            mask_nms: see `structures.build_proposals`.
             windows_per_batch: windows refined at a time.
 
         Raises:
@@ -59,7 +60,7 @@ class ImagePyramid(nn.Module):
         self.shifts = grid_shifts(network.stride, grid_stride)
         self.num_proposals = num_proposals
         self.mask_threshold = math.log(mask_threshold / (1 - mask_threshold))
-        self.nms_thresh = nms_thresh
+        self.nms_thresh, self.mask_nms = nms_thresh, mask_nms
         self.windows_per_batch = windows_per_batch
 
     @classmethod
@@ -72,6 +73,7 @@ class ImagePyramid(nn.Module):
             "num_proposals": test.NUM_PROPOSALS,
             "mask_threshold": test.MASK_THRESHOLD,
             "nms_thresh": test.NMS_THRESH,
+            "mask_nms": test.MASK_NMS,
             "windows_per_batch": test.WINDOWS_PER_BATCH,
         }
 
@@ -131,7 +133,7 @@ class ImagePyramid(nn.Module):
         if self.network.resizing == "released":
             windows = corner_aligned(windows, masks.shape[-1])
         proposal_masks = WindowMasks(masks, windows, levels[0].image_size, threshold=self.mask_threshold)
-        return self._instances(scores, proposal_masks)
+        return build_proposals(scores, proposal_masks, nms_thresh=self.nms_thresh, mask_nms=self.mask_nms)
 
     def level_image(self, image: Tensor, level) -> Tensor:
         """The image (3, H, W) at a level, with the border its windows need: (1, 3, h, w)."""
@@ -139,16 +141,3 @@ class ImagePyramid(nn.Module):
         padding = level_padding(level, self.network.window_size, self.network.size_divisibility)
         padded = F.pad(resized, padding, value=PADDING_VALUE)
         return padded.contiguous(memory_format=torch.channels_last)
-
-    def _instances(self, scores: Tensor, masks: WindowMasks) -> Instances:
-        boxes = masks.boxes()
-        # Beside finite scores: a training that diverges is for the losses to show.
-        keep = boxes.nonempty() & scores.isfinite()
-        if self.nms_thresh < 1:
-            candidates = keep.nonzero()[:, 0]
-            keep = candidates[nms(boxes.tensor[candidates], scores[candidates], self.nms_thresh)]
-        proposals = Instances(masks.image_size)
-        proposals.proposal_boxes = boxes[keep]
-        proposals.objectness_logits = scores[keep]
-        proposals.proposal_masks = masks[keep]
-        return proposals

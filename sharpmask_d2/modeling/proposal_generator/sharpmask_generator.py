@@ -4,7 +4,6 @@ Shape letters: B images, C channels, H W image, N sampled windows, P positive on
 """
 
 import math
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -12,16 +11,16 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.structures import ImageList
-from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ...checkpoint import StrictCheckpointer
 from ..backbone import trunk_features
-from ..losses import mask_iou, mask_loss, score_loss
+from ..losses import mask_loss, score_loss
 from ..resizing import resize
 from ..sharpmask import GivenFeatures, WindowGrid, evaluating
 from ..window_targets import grid_size, grid_windows, mask_targets, sample_windows, split_cells
 from .image_pyramid import ImagePyramid
+from .targets import aside, check_masks, log_windows
 
 
 class WindowOutputs(NamedTuple):
@@ -162,7 +161,7 @@ class SharpMaskGenerator(nn.Module):
         """
         trains = self.training and not self.frozen
         if trains:
-            _check_masks(gt_instances, len(images))
+            check_masks(gt_instances, len(images))
         proposals, outputs = [], []
         for i, image in enumerate(images):
             image_size = tuple(image.shape[1:])
@@ -174,7 +173,7 @@ class SharpMaskGenerator(nn.Module):
             else:
                 with torch.no_grad():
                     grids = [self._grid(source, level) for level in levels]
-            with _aside():
+            with aside():
                 proposals.append(self.pyramid.propose(levels, grids))
         if self.training and gt_instances is not None:
             for proposed in proposals:
@@ -232,7 +231,7 @@ class SharpMaskGenerator(nn.Module):
         ):
             ys, xs = (torch.cat(pair) for pair in zip(inside, outside))
             if len(ys) == 0:
-                with _aside(), evaluating(network):
+                with aside(), evaluating(network):
                     grids.append(self._grid(source, level))
                 continue
             grid = self._grid(source, level)
@@ -242,7 +241,7 @@ class SharpMaskGenerator(nn.Module):
             labels.append((torch.arange(len(ys), device=ys.device) < len(inside[0])).float())
             if len(inside[0]):
                 masks.append(self._masks(grid, *inside))
-            with _aside():
+            with aside():
                 grids.append(network.rescore(grid))
         targets = windows.new_zeros((0, self.mask_size, self.mask_size), dtype=torch.bool)
         if len(positives):
@@ -262,40 +261,12 @@ class SharpMaskGenerator(nn.Module):
         losses = {"loss_sharpmask_mask": attached + mask_loss(masks, targets, _all(masks))}
         if not self.pyramid.network.freeze_feedforward:
             losses["loss_sharpmask_score"] = attached + score_loss(scores, labels, _all(scores))
-        self._log(scores, labels, masks, targets, len(outputs))
+        log_windows(scores, labels, masks, targets, len(outputs))
         return {name: loss * self.loss_weights[name] for name, loss in losses.items()}
-
-    @torch.no_grad()
-    def _log(self, scores: Tensor, labels: Tensor, masks: Tensor, targets: Tensor, num_images: int) -> None:
-        storage = get_event_storage()
-        storage.put_scalar("sharpmask/num_positives", len(masks) / num_images)
-        if len(masks):
-            storage.put_scalar("sharpmask/mask_iou", mask_iou(masks, targets).mean().item())
-        if len(scores):
-            storage.put_scalar("sharpmask/score_accuracy", ((scores > 0) == (labels > 0)).float().mean().item())
 
 
 def _all(x: Tensor) -> Tensor:
     return torch.ones(len(x), dtype=torch.bool, device=x.device)
-
-
-@contextmanager
-def _aside():
-    """No gradients; afterwards autocast forgets the weights it cast without, which older versions of torch use again where they are due."""
-    with torch.no_grad():
-        yield
-    torch.clear_autocast_cache()
-
-
-def _check_masks(gt_instances, num_images: int) -> None:
-    if gt_instances is None or len(gt_instances) != num_images:
-        raise ValueError("MODEL.SHARPMASK.GENERATOR.FROZEN is False: training needs the ground truth of every image")
-    # Without any object, Detectron2's mapper leaves the field out.
-    if any(len(gt) and not gt.has("gt_masks") for gt in gt_instances):
-        raise ValueError(
-            "MODEL.SHARPMASK.GENERATOR.FROZEN is False, but training images come without gt_masks: set MODEL.MASK_ON True, so that "
-            "Detectron2's mapper loads them in INPUT.MASK_FORMAT ('polygon' or 'bitmask')"
-        )
 
 
 def shared_features(cfg, input_shape: dict) -> dict:

@@ -1,0 +1,98 @@
+"""Large-scale jitter for training on full images: resize at random, then cut a square that may reach beyond the image.
+
+Shape letters: H W image.
+"""
+
+import numpy as np
+from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import annotations_to_instances
+from fvcore.transforms.transform import Transform
+
+from .patch_mapper import PADDING_VALUE
+
+
+class CutTransform(Transform):
+    """A rectangle of an image, which may lie partly outside: what is outside is filled. Polygons are moved, not clipped."""
+
+    def __init__(self, x0: int, y0: int, width: int, height: int, fill: float):
+        """
+        Args:
+            x0, y0: left upper corner in pixels of the image.
+            width, height: in pixels.
+            fill: value outside of the image.
+        """
+        super().__init__()
+        self._set_attributes(locals())
+
+    def apply_image(self, img: np.ndarray) -> np.ndarray:
+        return self._cut(img, self.fill)
+
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        return self._cut(segmentation, 0)
+
+    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        return coords - np.array([self.x0, self.y0], dtype=coords.dtype)
+
+    def _cut(self, x: np.ndarray, fill: float) -> np.ndarray:
+        inside = x[max(self.y0, 0) : max(self.y0 + self.height, 0), max(self.x0, 0) : max(self.x0 + self.width, 0)]
+        cut = np.full((self.height, self.width, *x.shape[2:]), fill, dtype=x.dtype)
+        top, left = max(-self.y0, 0), max(-self.x0, 0)
+        cut[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+        return cut
+
+
+class RandomCut(T.Augmentation):
+    """A square of fixed size anywhere in the image; an image that is smaller lies anywhere in the square."""
+
+    def __init__(self, side: int, fill: float = PADDING_VALUE):
+        """
+        Args:
+            side: in pixels.
+            fill: value outside of the image.
+        """
+        super().__init__()
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        y0, x0 = (round(self._rand_range() * (size - self.side)) for size in image.shape[:2])
+        return CutTransform(x0, y0, self.side, self.side, self.fill)
+
+
+def build_jitter_augmentations(cfg) -> list:
+    """The augmentations of INPUT.SCALE_JITTER, a horizontal flip as INPUT.RANDOM_FLIP has it among them."""
+    jitter = cfg.INPUT.SCALE_JITTER
+    augmentations = [
+        T.ResizeScale(jitter.MIN_SCALE, jitter.MAX_SCALE, jitter.SIDE, jitter.SIDE),
+        RandomCut(jitter.CROP),
+    ]
+    if cfg.INPUT.RANDOM_FLIP == "horizontal":
+        augmentations.append(T.RandomFlip())
+    if jitter.COLOR:
+        span = 1 - jitter.COLOR, 1 + jitter.COLOR
+        augmentations += [T.RandomBrightness(*span), T.RandomContrast(*span), T.RandomSaturation(*span)]
+    return augmentations
+
+
+class JitterMapper(DatasetMapper):
+    """Detectron2's mapper, which fails where it computes boxes from the masks of an image without objects."""
+
+    def _transform_annotations(self, dataset_dict: dict, transforms, image_shape: tuple) -> None:
+        if any(not annotation.get("iscrowd", 0) for annotation in dataset_dict["annotations"]):
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
+        dataset_dict.pop("annotations")
+        dataset_dict["instances"] = annotations_to_instances([], image_shape)
+
+
+def build_jitter_train_loader(cfg):
+    """Detectron2's training loader with the augmentations of INPUT.SCALE_JITTER; boxes are those of what remains of the masks."""
+    mapper = JitterMapper(
+        is_train=True,
+        augmentations=build_jitter_augmentations(cfg),
+        image_format=cfg.INPUT.FORMAT,
+        use_instance_mask=cfg.MODEL.MASK_ON,
+        instance_mask_format="bitmask",
+        recompute_boxes=cfg.MODEL.MASK_ON,
+    )
+    return build_detection_train_loader(cfg, mapper=mapper)

@@ -1,0 +1,85 @@
+"""The cells of a feature pyramid as rows of a table, out of which windows of any level and image are read at once.
+
+Shape letters: B images, L levels, C channels, Y X cells of a level, R rows, N windows, K cells along a window, M samples along a window.
+"""
+
+import torch
+from torch import Tensor
+
+
+class FeatureTable:
+    """Maps of all levels and images, (B, C, Y, X) each, as rows of C values; outside an image everything is zero."""
+
+    def __init__(self, maps: list, extents: Tensor, strides: list):
+        """
+        Args:
+            maps: L maps (B, C, Y, X), fine to coarse; they may be larger than an image of the batch.
+            extents: (B, L, 2) int64, rows and columns that belong to each image (see `windows.pyramid_sizes`).
+            strides: of the levels, in pixels.
+        """
+        device = maps[0].device
+        rows = [x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps]
+        counts = torch.tensor([len(x) for x in rows])
+        self.heights, self.widths = torch.tensor([x.shape[2:] for x in maps], device=device).T
+        self.first = (counts.cumsum(0) - counts).to(device)
+        self.outside = int(counts.sum())
+        self.rows = torch.cat([*rows, maps[0].new_zeros(1, maps[0].shape[1])])
+        self.extents = extents
+        self.strides = torch.tensor(strides, device=device)
+
+    def numbers(self, images: Tensor, levels: Tensor, ys: Tensor, xs: Tensor) -> Tensor:
+        """Numbers of the rows of cells (y, x), all int64 of one shape; that of the row of zeros for cells outside of the image."""
+        extents = self.extents[images, levels]
+        inside = (ys >= 0) & (ys < extents[..., 0]) & (xs >= 0) & (xs < extents[..., 1])
+        numbers = self.first[levels] + (images * self.heights[levels] + ys) * self.widths[levels] + xs
+        return torch.where(inside, numbers, self.outside)
+
+    def cut(self, images: Tensor, levels: Tensor, ys: Tensor, xs: Tensor, cells: int) -> tuple:
+        """The cells of windows of K x K cells, K odd, around cells (y, x).
+
+        Args:
+            images, levels, ys, xs: (N,) int64.
+            cells: K.
+
+        Returns:
+            (N, K, K, C), and (N, K, K) bool: which cells are in the image.
+        """
+        steps = torch.arange(cells, device=ys.device) - cells // 2
+        shape = len(ys), cells, cells
+        rows, columns = (ys[:, None] + steps)[:, :, None].expand(shape), (xs[:, None] + steps)[:, None].expand(shape)
+        images, levels = (index[:, None, None].expand(shape) for index in (images, levels))
+        numbers = self.numbers(images, levels, rows, columns)
+        return self._read(numbers).view(*shape, self.rows.shape[1]), numbers != self.outside
+
+    def sample(self, images: Tensor, levels: Tensor, windows: Tensor, size: int) -> Tensor:
+        """Windows sampled bilinearly at the centres of M x M equal parts.
+
+        Args:
+            images, levels: (N,) int64.
+            windows: (N, 4) XYXY in pixels of the image.
+            size: M.
+
+        Returns:
+            (N, C, M, M), channels last in memory.
+        """
+        steps = (torch.arange(size, device=windows.device) + 0.5) / size
+        # In cells of the level, whose centres have whole numbers.
+        corners = windows / self.strides[levels, None] - 0.5
+        at = corners[:, :2, None] + (corners[:, 2:] - corners[:, :2])[:, :, None] * steps  # N x 2 x M
+        low = at.floor()
+        weights = at - low
+        shape = len(windows), size, size
+        images, levels = (index[:, None, None].expand(shape) for index in (images, levels))
+        sampled = None
+        for down in (0, 1):
+            for right in (0, 1):
+                x, y = low[:, 0, None].long() + right, low[:, 1, :, None].long() + down
+                part_x, part_y = (w if side else 1 - w for w, side in zip(weights.unbind(1), (right, down)))
+                weight = (part_y[:, :, None] * part_x[:, None]).reshape(-1, 1).to(self.rows.dtype)
+                part = self._read(self.numbers(images, levels, y.expand(shape), x.expand(shape))) * weight
+                sampled = part if sampled is None else sampled + part
+        return sampled.view(*shape, self.rows.shape[1]).permute(0, 3, 1, 2)
+
+    def _read(self, numbers: Tensor) -> Tensor:
+        """(*,) to (*.numel(), C)."""
+        return self.rows.index_select(0, numbers.flatten())
