@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from sharpmask_d2.checkpoint import StrictCheckpointer, pack
+from sharpmask_d2.checkpoint import StrictCheckpointer, pack, save_packed
 from sharpmask_d2.evaluation import PatchEvaluator
 from sharpmask_d2.modeling.losses import mask_iou, mask_loss, score_loss
 from torch import nn
@@ -90,6 +90,16 @@ def test_packing_joins_models_that_share_parameters():
         pack([a, {"trunk": torch.tensor([1.0, 3.0])}])
     with pytest.raises(ValueError, match="mask has values"):
         pack([{"mask": torch.tensor([1e6])}])
+
+
+def test_packed_files_are_checkpoints_and_smaller(tmp_path):
+    packed = pack([{"0.weight": torch.arange(6.0).repeat(1000).view(2, 3000), "0.bias": torch.ones(2)}])
+    save_packed(packed, str(tmp_path / "packed.pth"))
+    torch.save({"model": packed}, tmp_path / "plain.pth")
+    assert (tmp_path / "packed.pth").stat().st_size < (tmp_path / "plain.pth").stat().st_size / 2
+    model = nn.Sequential(nn.Linear(3000, 2))
+    StrictCheckpointer(model).load(str(tmp_path / "packed.pth"))
+    assert torch.equal(model[0].weight, packed["0.weight"].float())
 
 
 def test_a_checkpoint_that_lacks_parameters_is_an_error_that_names_them(tmp_path):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pack checkpoints of models that share their feed-forward path into one file in half precision, as the model zoo holds them.
+"""Pack a checkpoint, or several of models that share their feed-forward path, into one file in half precision, as the model zoo holds them.
 
     tools/package_model.py output/deepmask_lite0/model_final.pth output/sharpmask_lite0/model_final.pth \
         --output sharpmask_d2/model_zoo/lite0.pth
@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from sharpmask_d2.checkpoint import pack
+from sharpmask_d2.checkpoint import pack, save_packed
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -17,5 +17,5 @@ if __name__ == "__main__":
     parser.add_argument("--output", required=True, help="file to write")
     args = parser.parse_args()
     packed = pack([torch.load(path, map_location="cpu", weights_only=False)["model"] for path in args.checkpoints])
-    torch.save({"model": packed}, args.output)
+    save_packed(packed, args.output)
     print(f"wrote {len(packed)} parameters, {Path(args.output).stat().st_size / 1e6:.1f} MB: {args.output}")

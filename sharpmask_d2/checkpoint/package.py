@@ -1,5 +1,8 @@
 """Packing trained checkpoints into one small file."""
 
+import io
+import zipfile
+
 import torch
 from torch import Tensor
 
@@ -24,6 +27,20 @@ def pack(states: list) -> dict:
                 raise ValueError(f"the models do not belong together: {name} differs")
             packed[name] = half
     return packed
+
+
+def save_packed(packed: dict, path: str) -> None:
+    """Write what `pack` returns so that `torch.load` and Detectron2 read it as any checkpoint: the same archive, compressed.
+
+    Args:
+        packed: name -> tensor.
+        path: file to write.
+    """
+    plain = io.BytesIO()
+    torch.save({"model": packed}, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
 
 
 def _halve(name: str, value: Tensor) -> Tensor:

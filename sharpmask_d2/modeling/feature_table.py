@@ -4,6 +4,7 @@ Shape letters: B images, L levels, C channels, Y X cells of a level, R rows, N w
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -67,18 +68,24 @@ class FeatureTable:
         corners = windows / self.strides[levels, None] - 0.5
         at = corners[:, :2, None] + (corners[:, 2:] - corners[:, :2])[:, :, None] * steps  # N x 2 x M
         low = at.floor()
-        weights = at - low
-        shape = len(windows), size, size
-        images, levels = (index[:, None, None].expand(shape) for index in (images, levels))
-        sampled = None
-        for down in (0, 1):
-            for right in (0, 1):
-                x, y = low[:, 0, None].long() + right, low[:, 1, :, None].long() + down
-                part_x, part_y = (w if side else 1 - w for w, side in zip(weights.unbind(1), (right, down)))
-                weight = (part_y[:, :, None] * part_x[:, None]).reshape(-1, 1).to(self.rows.dtype)
-                part = self._read(self.numbers(images, levels, y.expand(shape), x.expand(shape))) * weight
-                sampled = part if sampled is None else sampled + part
-        return sampled.view(*shape, self.rows.shape[1]).permute(0, 3, 1, 2)
+        part = at - low
+        # The two cells beside every sample along x and along y, and their weights: N x 2 x M x 2.
+        cells = low.long()[..., None] + torch.arange(2, device=windows.device)
+        sides = self.extents[images, levels].flip(1)[:, :, None, None]
+        weights = torch.stack([1 - part, part], dim=-1) * ((cells >= 0) & (cells < sides))
+        columns, rows = torch.minimum(cells.clamp(min=0), sides - 1).unbind(1)
+        first = self.first[levels] + images * self.heights[levels] * self.widths[levels]
+        rows = first[:, None, None] + rows * self.widths[levels, None, None]
+        # The four cells around every sample: N x M x M x 2 x 2.
+        numbers = rows[:, :, None, :, None] + columns[:, None, :, None]
+        weights = weights[:, 1, :, None, :, None] * weights[:, 0, None, :, None]
+        sampled = F.embedding_bag(
+            numbers.reshape(-1, 4),
+            self.rows,
+            per_sample_weights=weights.reshape(-1, 4).to(self.rows.dtype),
+            mode="sum",
+        )
+        return sampled.view(len(windows), size, size, self.rows.shape[1]).permute(0, 3, 1, 2)
 
     def _read(self, numbers: Tensor) -> Tensor:
         """(*,) to (*.numel(), C)."""
