@@ -5,9 +5,12 @@ import runpy
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+from pycocotools.coco import COCO
 from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json, write_json
+from sharpmask_d2.visualization import rank_images
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 
@@ -58,6 +61,39 @@ def test_evaluate_proposals_prints_and_writes(annotations, tmp_path, monkeypatch
     assert "AR@1000" in printed
     assert "60.00" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["annotations.json", "metrics.json", "proposals.json"]
+
+
+def test_pictures_show_the_best_and_the_worst(annotations, tmp_path, monkeypatch, capsys):
+    content = json.loads(annotations.read_text())
+    content["annotations"].append({**content["annotations"][0], "id": 2, "image_id": 4})
+    annotations.write_text(json.dumps(content))
+    for image_id in (3, 4):
+        cv2.imwrite(str(tmp_path / f"{image_id}.png"), np.full((100, 120, 3), 60 * (image_id - 2), np.uint8))
+    square = {"category_id": 1, "segmentation": [[10, 20, 60, 20, 60, 60, 10, 60]]}
+    half = {**square, "segmentation": [[10, 20, 60, 20, 60, 40, 10, 40]]}
+    proposals = tmp_path / "proposals.json"
+    # The whole object is found in image 4 only.
+    results = [{**half, "image_id": 3, "score": 0.9}, {**square, "image_id": 4, "score": 0.5}]
+    proposals.write_text(json.dumps([*results, {**half, "image_id": 4, "score": 0.7}]))
+    ranked = rank_images(COCO(str(annotations)), json.loads(proposals.read_text()))
+    assert [image.image_id for image in ranked] == [4, 3]
+    assert [image.overlap for image in ranked] == pytest.approx([1.0, 0.5])
+    assert rank_images(COCO(str(annotations)), json.loads(proposals.read_text()), num_proposals=1)[0].overlap == 0.5
+    arguments = ["--annotations", annotations, "--proposals", proposals, "--pictures", tmp_path / "pictures"]
+    run_tool(monkeypatch, "evaluate_proposals.py", *arguments, "--image-root", tmp_path)
+    best, worst = (cv2.imread(str(tmp_path / "pictures" / name)) for name in ("best_1.jpg", "worst_1.jpg"))
+    assert best.shape == (100, 240, 3)
+    # Grey of 120 is image 4. The lower half of the object is coloured on both sides of the best, only left of the worst.
+    assert abs(int(best[90, 100].mean()) - 120) < 8
+    changed = {
+        name: np.ptp(picture[50, [30, 150]].astype(int), axis=1) > 40
+        for name, picture in (("best", best), ("worst", worst))
+    }
+    assert changed["best"].tolist() == [True, True]
+    assert changed["worst"].tolist() == [True, False]
+    with pytest.raises(SystemExit):
+        run_tool(monkeypatch, "evaluate_proposals.py", *arguments)
+    assert "--image-root" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

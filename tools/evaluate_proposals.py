@@ -3,7 +3,14 @@
 
 import argparse
 
-from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json, format_table, write_json
+from sharpmask_d2.evaluation.proposal_evaluation import (
+    evaluate_proposal_json,
+    format_table,
+    load_annotations,
+    load_json,
+    write_json,
+)
+from sharpmask_d2.visualization import write_extremes
 
 
 def main() -> None:
@@ -11,12 +18,19 @@ def main() -> None:
     parser.add_argument("--annotations", required=True, help="COCO annotation file")
     parser.add_argument("--proposals", required=True, help="COCO result file; without segmentations only boxes count")
     parser.add_argument("--output", help="write the figures to this JSON file; null where no object counts")
+    parser.add_argument("--pictures", help="folder for pictures of the best and the worst images; needs --image-root")
+    parser.add_argument("--image-root", help="folder of the images")
     args = parser.parse_args()
+    if args.pictures and not args.image_root:
+        parser.error("--pictures needs --image-root")
     try:
         metrics = evaluate_proposal_json(args.annotations, args.proposals)
         print(format_table(metrics))
         if args.output:
             write_json(metrics, args.output)
+        if args.pictures:
+            coco, results = load_annotations(args.annotations), load_json(args.proposals)
+            print("\n".join(write_extremes(coco, results, args.image_root, args.pictures)))
     except (OSError, ValueError) as error:
         parser.exit(1, f"{error}\n")
 

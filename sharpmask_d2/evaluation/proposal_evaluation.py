@@ -59,7 +59,7 @@ class ProposalEvaluator(DatasetEvaluator):
         metadata = MetadataCatalog.get(dataset_name)
         if not hasattr(metadata, "json_file"):
             raise ValueError(f"data set {dataset_name} has no json_file in its metadata: register it in COCO format")
-        self._coco = _load_annotations(PathManager.get_local_path(metadata.json_file))
+        self._coco = load_annotations(PathManager.get_local_path(metadata.json_file))
         self._logger = logging.getLogger(__name__)
         self.reset()
 
@@ -158,11 +158,11 @@ def evaluate_proposal_json(
         ValueError: a file is not JSON or not of its format, a result is incomplete, its image is not in the
             annotations, or only some results have a segmentation.
     """
-    coco = annotations if isinstance(annotations, COCO) else _load_annotations(annotations)
+    coco = annotations if isinstance(annotations, COCO) else load_annotations(annotations)
     source = "proposals"
     if isinstance(proposals, (str, os.PathLike)):
         source = os.fspath(proposals)
-        proposals = _load_json(proposals)
+        proposals = load_json(proposals)
     has_masks = _check_results(coco, proposals, source)
 
     by_image = defaultdict(list)
@@ -272,8 +272,9 @@ def _check_results(coco: COCO, results: Sequence[dict], source: str) -> bool:
     return bool(results) and "segmentation" in results[0]
 
 
-def _load_annotations(path: Union[str, os.PathLike]) -> COCO:
-    content = _load_json(path)
+def load_annotations(path: Union[str, os.PathLike]) -> COCO:
+    """A COCO annotation file. Raises ValueError if it is none."""
+    content = load_json(path)
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         raise ValueError(f"{os.fspath(path)} is not a COCO annotation file: 'images' and 'annotations' are expected")
     coco = COCO()
@@ -283,7 +284,8 @@ def _load_annotations(path: Union[str, os.PathLike]) -> COCO:
     return coco
 
 
-def _load_json(path: Union[str, os.PathLike]):
+def load_json(path: Union[str, os.PathLike]):
+    """The content of a JSON file. Raises ValueError if it is none."""
     with open(path) as file:
         try:
             return json.load(file)
