@@ -91,7 +91,7 @@ def test_yaml_builds_its_pyramid_model(name):
     model = build_model(cfg)
     generator = model.proposal_generator
     assert generator.strides == [4, 8, 16, 32, 64, 128]
-    assert generator.window_cells == [5, 7]
+    assert generator.geometry.window_cells == [5, 7]
     assert (len(generator.decoder.steps), generator.decoder.mask_size) == (refinements, side)
     assert not generator.frozen
     assert cfg.INPUT.SCALE_JITTER.ENABLED

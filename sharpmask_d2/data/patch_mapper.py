@@ -9,6 +9,7 @@ import torch
 from detectron2.config import configurable
 from detectron2.data import detection_utils
 
+from ..modeling.windows import label_rule
 from .objects import ImageObjects, cut_region, large_enough, read_objects, render_mask
 from .window_sampling import WindowSampler
 
@@ -63,19 +64,14 @@ class PatchMapper:
     def from_config(cls, cfg, *, category_weights: dict, is_train: bool = True):
         sharpmask = cfg.MODEL.SHARPMASK
         refined = sharpmask.REFINEMENT.NAME != "none"
-        rule, sampling = sharpmask.LABELS, sharpmask.SAMPLING
+        sampling = sharpmask.SAMPLING
         sampler = WindowSampler(
             window_size=sharpmask.WINDOW_SIZE,
             exponents=sharpmask.TEST.SCALES,
             mask_fraction=sampling.MASK_FRACTION if is_train else 0.5,
             shared_positives=sampling.SHARED_POSITIVES if is_train else True,
             near_negatives=sampling.NEAR_NEGATIVES,
-            label_rule={
-                "positive_shift": rule.POSITIVE_SHIFT,
-                "positive_octaves": rule.POSITIVE_OCTAVES,
-                "negative_shift": rule.NEGATIVE_SHIFT,
-                "negative_octaves": rule.NEGATIVE_OCTAVES,
-            },
+            label_rule=label_rule(cfg),
         )
         return {
             "sampler": sampler,

@@ -163,6 +163,11 @@ def window_offsets(windows: Tensor, boxes: Tensor, window_size: int) -> tuple:
     return shift, octaves
 
 
+def label_rule(cfg) -> dict:
+    """The keywords of `label_windows` that MODEL.SHARPMASK.LABELS gives."""
+    return {name.lower(): value for name, value in cfg.MODEL.SHARPMASK.LABELS.items()}
+
+
 def label_windows(
     windows: Tensor,
     boxes: Tensor,

@@ -19,6 +19,7 @@ from ..losses import mask_loss, score_loss
 from ..resizing import resize
 from ..sharpmask import GivenFeatures, WindowGrid, evaluating
 from ..window_targets import grid_size, grid_windows, mask_targets, sample_windows, split_cells
+from ..windows import label_rule
 from .image_pyramid import ImagePyramid
 from .targets import aside, check_masks, log_windows
 
@@ -91,7 +92,7 @@ class SharpMaskGenerator(nn.Module):
     @classmethod
     def from_config(cls, cfg, input_shape):
         sharpmask = cfg.MODEL.SHARPMASK
-        generator, rule = sharpmask.GENERATOR, sharpmask.LABELS
+        generator = sharpmask.GENERATOR
         trunk = GivenFeatures(shared_features(cfg, input_shape)) if generator.SHARED_BACKBONE else None
         pyramid = ImagePyramid(cfg, trunk=trunk)
         if generator.WEIGHTS:
@@ -107,12 +108,7 @@ class SharpMaskGenerator(nn.Module):
             "reference_side": generator.REFERENCE_SIDE,
             "windows_per_image": generator.WINDOWS_PER_IMAGE,
             "positive_fraction": generator.POSITIVE_FRACTION,
-            "label_rule": {
-                "positive_shift": rule.POSITIVE_SHIFT,
-                "positive_octaves": rule.POSITIVE_OCTAVES,
-                "negative_shift": rule.NEGATIVE_SHIFT,
-                "negative_octaves": rule.NEGATIVE_OCTAVES,
-            },
+            "label_rule": label_rule(cfg),
             # As in the training on patches.
             "mask_size": 2 * sharpmask.COARSE_MASK_SIZE
             if sharpmask.REFINEMENT.NAME == "none"

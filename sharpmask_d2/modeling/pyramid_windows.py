@@ -1,0 +1,77 @@
+"""Windows on a feature pyramid: how they are numbered and where they lie.
+
+Shape letters: L levels, D kinds of windows (numbers of cells), T windows of an image, N of them, Y X cells of a level.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .windows import canonical_size, centred_windows
+
+
+class Cells(NamedTuple):
+    """Windows by their cells, all (N,) int64: level, kind, row, column."""
+
+    levels: Tensor
+    kinds: Tensor
+    ys: Tensor
+    xs: Tensor
+
+    def take(self, index: Tensor) -> "Cells":
+        """Those that an index, a slice or a mask chooses."""
+        return Cells(*(x[index] for x in self))
+
+
+class PyramidWindows:
+    """Windows of a few kinds around every cell of every level; numbered level by level, kind by kind and row by row."""
+
+    def __init__(self, *, strides: list, window_cells: list, object_share: float, window_size: int):
+        """
+        Args:
+            strides: of the L levels in pixels, fine to coarse.
+            window_cells: side of each kind of window in cells of its level.
+            object_share: larger side of an object that fits its window canonically, as a share of the window's.
+            window_size: side of the patch that the label rule speaks of, in its pixels.
+
+        Raises:
+            ValueError: an even number of cells, or strides that do not double.
+        """
+        if any(coarse != 2 * fine for fine, coarse in zip(strides, strides[1:])):
+            raise ValueError(
+                f"MODEL.SHARPMASK.FPN.IN_FEATURES: with EXTRA_LEVELS the strides are {list(strides)}, each has to be twice the one before"
+            )
+        if any(cells % 2 == 0 for cells in window_cells):
+            raise ValueError(
+                f"MODEL.SHARPMASK.FPN.WINDOW_CELLS is {list(window_cells)}: windows lie around a cell, so they have odd sides"
+            )
+        self.strides, self.window_cells = list(strides), list(window_cells)
+        self.object_share, self.window_size = object_share, window_size
+
+    def cells(self, numbers: Tensor, sizes: list) -> Cells:
+        """Cells of windows.
+
+        Args:
+            numbers: (N,) int64 of 0 .. T - 1.
+            sizes: (Y, X) of each level.
+        """
+        kinds = len(self.window_cells)
+        counts = torch.tensor([kinds * rows * columns for rows, columns in sizes], device=numbers.device)
+        ends = counts.cumsum(0)
+        levels = torch.searchsorted(ends, numbers, right=True)
+        rows, columns = torch.tensor(sizes, device=numbers.device).T
+        inside = numbers - (ends - counts)[levels]
+        kind, cell = inside // (rows * columns)[levels], inside % (rows * columns)[levels]
+        return Cells(levels, kind, cell // columns[levels], cell % columns[levels])
+
+    def windows(self, cells: Cells) -> Tensor:
+        """(N, 4) XYXY in the frame of the image, in pixels."""
+        strides, sides = (torch.tensor(x, device=cells.ys.device) for x in (self.strides, self.window_cells))
+        return centred_windows(cells.ys, cells.xs, strides[cells.levels], sides[cells.kinds])
+
+    def patches(self, windows: Tensor) -> Tensor:
+        """Patches (N, 4) XYXY in which an object that fits its window has the size and place that the label rule asks for."""
+        factor = self.object_share * self.window_size / canonical_size(self.window_size)
+        centres, half = (windows[:, :2] + windows[:, 2:]) / 2, (windows[:, 2:] - windows[:, :2]) * (factor / 2)
+        return torch.cat([centres - half, centres + half], dim=1)
