@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
@@ -10,7 +11,7 @@ from detectron2.modeling.backbone import Backbone
 from sharpmask_d2 import add_sharpmask_config
 from sharpmask_d2.modeling.backbone import ResNetTrunk, TimmTrunk, VGGTrunk
 from sharpmask_d2.modeling.heads import HEADS, CoarseMask, WindowHead
-from sharpmask_d2.modeling.layers import fold_batch_norm, mirror_pad, use_mirrored_padding
+from sharpmask_d2.modeling.layers import conv_upsampled, fold_batch_norm, mirror_pad, use_mirrored_padding
 from sharpmask_d2.modeling.proposal_generator import ImagePyramid
 from sharpmask_d2.modeling.refinement import (
     MultiscaleRefinement,
@@ -579,3 +580,16 @@ def test_patches_of_another_size_are_an_error():
 def test_use_mirrored_padding_returns_the_module():
     module = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1))
     assert use_mirrored_padding(module) is module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_convolution_of_an_upsampled_map_needs_no_upsampling(dtype):
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(3, 2, 3, padding=1).to(dtype), torch.randn(2, 3, 5, 4, dtype=dtype, requires_grad=True)
+    expected = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    found = conv_upsampled(x, conv)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    gradients = [torch.autograd.grad((y.float() ** 2).sum(), [x, *conv.parameters()]) for y in (expected, found)]
+    for slow, fast in zip(*gradients):
+        torch.testing.assert_close(fast, slow, atol=tolerance * slow.abs().max().item(), rtol=tolerance)

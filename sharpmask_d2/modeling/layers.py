@@ -46,6 +46,31 @@ class _MirrorPad(torch.autograd.Function):
         return gradient[:, :, top : height - bottom, left : width - right], None
 
 
+def conv_upsampled(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """`conv` of a map that nearest neighbours make twice as large, without making it: each of the four outputs that share a cell of `x` is
+    a 3x3 convolution of `x` whose weights are sums of those of `conv`.
+
+    Args:
+        x: (B, C, H, W).
+        conv: 3x3, stride 1, zero padding 1, with a bias.
+
+    Returns:
+        (B, C', 2 H, 2 W).
+    """
+    taps = x.new_tensor(_UPSAMPLED_TAPS)
+    weight = torch.einsum("apy,bqx,oiyx->oabipq", taps, taps, conv.weight.to(x.dtype)).flatten(0, 2)
+    bias = conv.bias.repeat_interleave(4)
+    outputs = F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), bias, padding=1).unflatten(
+        1, (-1, 2, 2)
+    )
+    # F.pixel_shuffle's gradient fails for an empty batch.
+    return outputs.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+
+
+# For both outputs along an axis and each of the cells before, at and after theirs: which taps of the kernel fall on that cell.
+_UPSAMPLED_TAPS = [[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]]
+
+
 class MirroredConv2d(nn.Conv2d):
     """A convolution whose padding mirrors the border; it takes the place of nn.Conv2d, Detectron2's Conv2d or timm's Conv2dSame.
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .feature_table import FeatureTable
-from .refinement import module_channels, upsample
+from .layers import conv_upsampled
+from .refinement import module_channels
 
 # Side of a mask before refinement (FPN, section 6).
 COARSE_SIDE = 14
@@ -70,23 +71,30 @@ class PyramidRefinement(nn.Module):
     zeros: features end with the window here, which is no image.
     """
 
-    def __init__(self, feature_channels: int, in_channels: int, out_channels: int, *, upsampling: str):
+    def __init__(self, feature_channels: int, in_channels: int, out_channels: int):
         """
         Args:
             feature_channels: C.
             in_channels, out_channels: k of this module and of the next.
-            upsampling: "nearest" or "bilinear".
         """
         super().__init__()
-        self.upsampling = upsampling
         self.vertical = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.horizontal = nn.Sequential(
             nn.Conv2d(feature_channels, in_channels, 1), nn.ReLU(), nn.Conv2d(in_channels, out_channels, 1)
         )
 
     def forward(self, encoding: Tensor, skip: Tensor) -> Tensor:
-        """(N, k, m, m) and what `horizontal` made of the skip feature, (N, k', m, m), to (N, k', 2m, 2m)."""
-        return upsample((self.vertical(encoding) + skip).relu_(), self.upsampling)
+        """
+        Args:
+            encoding: (N, k, m, m), or of half the side: what the module before gave, upsampled here.
+            skip: (N, k', m, m), what `horizontal` made of the skip feature.
+
+        Returns:
+            (N, k', m, m), not yet upsampled.
+        """
+        halved = encoding.shape[-1] < skip.shape[-1]
+        vertical = conv_upsampled(encoding, self.vertical) if halved else self.vertical(encoding)
+        return (vertical + skip).relu_()
 
 
 class WindowDecoder(nn.Module):
@@ -105,7 +113,6 @@ class WindowDecoder(nn.Module):
         num_refinements: int,
         channels: int,
         schedule: str,
-        upsampling: str,
         quality: bool,
     ):
         """
@@ -115,7 +122,6 @@ class WindowDecoder(nn.Module):
             embed_dim: E.
             num_refinements: refinement modules: 0, 1 or 2 for masks of 14, 28 or 56.
             channels, schedule: see `refinement.module_channels`.
-            upsampling: "nearest" or "bilinear".
             quality: predict the mask's IoU.
         """
         super().__init__()
@@ -123,9 +129,7 @@ class WindowDecoder(nn.Module):
         self.embed = nn.ModuleList(nn.Linear(cells * cells * in_channels, embed_dim) for cells in window_cells)
         widths = module_channels(channels, schedule, num_refinements) if num_refinements else [1]
         self.start = nn.Linear(embed_dim, widths[0] * COARSE_SIDE**2)
-        self.steps = nn.ModuleList(
-            PyramidRefinement(in_channels, k, k_next, upsampling=upsampling) for k, k_next in zip(widths, widths[1:])
-        )
+        self.steps = nn.ModuleList(PyramidRefinement(in_channels, k, k_next) for k, k_next in zip(widths, widths[1:]))
         self.to_mask = nn.Conv2d(widths[-1], 1, 3, padding=1) if num_refinements else None
         self.quality = None
         if quality:
@@ -168,10 +172,10 @@ class WindowDecoder(nn.Module):
         encoding = self.start(embeddings).unflatten(1, (COARSE_SIDE, COARSE_SIDE, -1)).permute(0, 3, 1, 2)
         if self.to_mask is None:
             return encoding[:, 0]
-        for number, (step, skip) in enumerate(zip(self.steps, skips), start=1):
-            sampled = skip.sample(images, (levels - number).clamp(min=0), windows, encoding.shape[-1])
-            encoding = step(encoding, sampled)
-        return self.to_mask(encoding)[:, 0]
+        for number, (step, skip) in enumerate(zip(self.steps, skips)):
+            finer = (levels - number - 1).clamp(min=0)
+            encoding = step(encoding, skip.sample(images, finer, windows, COARSE_SIDE * 2**number))
+        return conv_upsampled(encoding, self.to_mask)[:, 0]
 
 
 def coarser_levels(feature: Tensor, inside: Tensor, count: int) -> list:

@@ -101,11 +101,10 @@ class RefinementModule(nn.Module):
             summed = self.joint(torch.cat([self.vertical(encoding), skip], dim=1))
         else:
             summed = self.vertical(encoding) + skip
-        return upsample(summed.relu_(), self.upsampling)
+        return _upsample(summed.relu_(), self.upsampling)
 
 
-def upsample(x: Tensor, mode: str) -> Tensor:
-    """Maps (N, C, m, m) at twice the resolution; mode "nearest" or "bilinear"."""
+def _upsample(x: Tensor, mode: str) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode=mode, **({"align_corners": False} if mode == "bilinear" else {}))
 
 
@@ -233,7 +232,7 @@ class SkipRefinement(_FromEmbedding):
         """(N, E) and a list of (N, 1, m, m) to (N, M, M) mask logits."""
         mask = self.first(embeddings)
         for skip in skips:
-            mask = upsample(mask + skip, "bilinear")
+            mask = _upsample(mask + skip, "bilinear")
         return mask[:, 0]
 
 

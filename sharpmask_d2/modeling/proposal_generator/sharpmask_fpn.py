@@ -143,7 +143,6 @@ class SharpMaskFPN(nn.Module):
                 num_refinements=fpn.NUM_REFINEMENTS,
                 channels=refinement.CHANNELS,
                 schedule=refinement.SCHEDULE,
-                upsampling=refinement.UPSAMPLING,
                 quality=fpn.QUALITY,
             ),
             "num_proposals": sharpmask.TEST.NUM_PROPOSALS,
