@@ -17,7 +17,7 @@ from .modeling.layers import fold_batch_norm
 class ProposalPredictor:
     """Segment proposals of single images.
 
-    predictor = ProposalPredictor(model_zoo.get("sharpmask_lite0"))
+    predictor = ProposalPredictor(model_zoo.get("sharpmask_fpn_lite0"))
     proposals = predictor(cv2.imread("photograph.jpg"))
     """
 
