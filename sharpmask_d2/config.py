@@ -167,6 +167,8 @@ def add_sharpmask_config(cfg: CN) -> None:
     _C.FPN.OBJECT_SHARE = 0.8
     # Channels of the score branch.
     _C.FPN.SCORE_CHANNELS = 64
+    # IoU of windows from which, before masks are made, those of lower score step back behind all others; 1 is off.
+    _C.FPN.WINDOW_NMS_THRESH = 0.6
     # Refinement modules: masks of 14 (0), 28 (1) or 56 cells (2).
     _C.FPN.NUM_REFINEMENTS = 2
     # Predict the IoU of masks and multiply it into the objectness; weight of its loss.

@@ -19,6 +19,7 @@ from detectron2.structures import BitMasks, Boxes, ImageList, Instances, Polygon
 from detectron2.utils.events import EventStorage
 from sharpmask_d2.modeling.backbone.detector import TrunkAndPyramid
 from sharpmask_d2.modeling.feature_table import FeatureTable
+from sharpmask_d2.modeling.pyramid_windows import spread
 from sharpmask_d2.modeling.window_targets import balance_windows
 from sharpmask_d2.modeling.windows import pyramid_sizes
 from torch import nn
@@ -115,6 +116,7 @@ def cfg(tiny_cfg):
     sharpmask.FPN.IN_FEATURES = list(STRIDES)
     sharpmask.FPN.EXTRA_LEVELS = 1
     sharpmask.FPN.SCORE_CHANNELS = 8
+    sharpmask.FPN.WINDOW_NMS_THRESH = 1.0
     sharpmask.FPN.OBJECT_SHARE = SHARE
     sharpmask.FPN.MASK_SHIFT, sharpmask.FPN.MASK_OCTAVES = NEAR
     torch.manual_seed(0)
@@ -1238,3 +1240,22 @@ def test_a_detector_survives_images_without_proposals(cfg):
     sum(losses.values()).backward()
     with torch.no_grad():
         assert len(model.eval()([{"image": inputs[0]["image"]}])[0]["instances"]) == 0
+
+
+# ------------------------------------------------------------------------------------------------------- order of windows
+
+
+@pytest.mark.parametrize("thresh", [0.3, 0.6, 1.0])
+def test_windows_beside_a_better_one_step_back(thresh):
+    generator = torch.Generator().manual_seed(4)
+    corners = torch.rand(40, 2, generator=generator) * 20
+    windows = torch.cat([corners, corners + 10 + 4 * torch.rand(40, 2, generator=generator)], dim=1)
+    overlaps = pairwise_iou(Boxes(windows), Boxes(windows))
+    stay = []
+    for i in range(40):
+        if all(overlaps[i, j] <= thresh for j in stay):
+            stay.append(i)
+    expected = stay + [i for i in range(40) if i not in stay]
+    assert spread(windows, torch.linspace(1, 0, 40), thresh).tolist() == expected
+    assert (len(stay) == 40) == (thresh == 1.0)
+    assert len(spread(windows[:0], torch.zeros(0), thresh)) == 0

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.ops import nms
 
 from .windows import canonical_size, centred_windows
 
@@ -75,3 +76,21 @@ class PyramidWindows:
         factor = self.object_share * self.window_size / canonical_size(self.window_size)
         centres, half = (windows[:, :2] + windows[:, 2:]) / 2, (windows[:, 2:] - windows[:, :2]) * (factor / 2)
         return torch.cat([centres - half, centres + half], dim=1)
+
+
+def spread(windows: Tensor, scores: Tensor, thresh: float) -> Tensor:
+    """An order of windows in which those beside a better one step back, so that the first show more objects.
+
+    Args:
+        windows: (N, 4) XYXY, highest score first.
+        scores: (N,).
+        thresh: IoU with a better window, which has not stepped back itself, from which a window does; 1 leaves the order as it is.
+
+    Returns:
+        (N,) int64: numbers of windows, first those that stay, then the others, both by score.
+    """
+    if thresh >= 1:
+        return torch.arange(len(windows), device=windows.device)
+    stays = torch.zeros(len(windows), dtype=torch.bool, device=windows.device)
+    stays[nms(windows, scores, thresh)] = True
+    return torch.cat([stays.nonzero()[:, 0], (~stays).nonzero()[:, 0]])

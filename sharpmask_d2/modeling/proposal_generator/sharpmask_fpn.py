@@ -20,9 +20,12 @@ from ..feature_table import FeatureTable
 from ..losses import mask_iou, mask_loss, score_loss
 from ..pyramid_heads import WindowDecoder, WindowScores, coarser_levels
 from ..pyramid_sampling import PyramidSampler, WindowSample
-from ..pyramid_windows import Cells, PyramidWindows
+from ..pyramid_windows import Cells, PyramidWindows, spread
 from ..windows import label_rule, pyramid_sizes
 from .targets import aside, check_masks, log_windows
+
+# Windows that are looked at for each proposal, so that enough are left when neighbours step back.
+_CANDIDATES = 4
 
 
 class Pyramid(NamedTuple):
@@ -58,6 +61,7 @@ class SharpMaskFPN(nn.Module):
         scores: WindowScores,
         decoder: WindowDecoder,
         num_proposals: int,
+        window_nms_thresh: float,
         mask_threshold: float,
         nms_thresh: float,
         mask_nms: bool,
@@ -75,6 +79,7 @@ class SharpMaskFPN(nn.Module):
             scores: gives the scores of all windows.
             decoder: gives the masks of chosen windows.
             num_proposals: most proposals of an image.
+            window_nms_thresh: see `pyramid_windows.spread`; 1 takes the windows of highest score.
             mask_threshold: probability above which a pixel is foreground.
             nms_thresh: IoU of boxes above which the lower score goes; 1 keeps all.
             mask_nms: see `structures.build_proposals`.
@@ -91,7 +96,7 @@ class SharpMaskFPN(nn.Module):
         self.in_features = list(in_features)
         self.geometry, self.sampler = geometry, sampler
         self.scores, self.decoder = scores, decoder
-        self.num_proposals = num_proposals
+        self.num_proposals, self.window_nms_thresh = num_proposals, window_nms_thresh
         self.mask_threshold = math.log(mask_threshold / (1 - mask_threshold))
         self.nms_thresh, self.mask_nms, self.windows_per_batch = nms_thresh, mask_nms, windows_per_batch
         self.loss_weights = {
@@ -146,6 +151,7 @@ class SharpMaskFPN(nn.Module):
                 quality=fpn.QUALITY,
             ),
             "num_proposals": sharpmask.TEST.NUM_PROPOSALS,
+            "window_nms_thresh": fpn.WINDOW_NMS_THRESH,
             "mask_threshold": sharpmask.TEST.MASK_THRESHOLD,
             "nms_thresh": sharpmask.TEST.NMS_THRESH,
             "mask_nms": sharpmask.TEST.MASK_NMS,
@@ -252,13 +258,15 @@ class SharpMaskFPN(nn.Module):
     def _propose_image(
         self, number: int, image_size: tuple, pyramid: Pyramid, table: FeatureTable, skips: list
     ) -> Instances:
-        scores, chosen = pyramid.scores[number].topk(min(self.num_proposals, pyramid.scores.shape[1]))
-        cells = self.geometry.cells(chosen, pyramid.sizes)
+        candidates = pyramid.scores[number].topk(min(_CANDIDATES * self.num_proposals, pyramid.scores.shape[1])).indices
+        windows = self.geometry.windows(self.geometry.cells(candidates, pyramid.sizes))
+        order = spread(windows, pyramid.scores[number, candidates], self.window_nms_thresh)[: self.num_proposals]
+        scores, cells = pyramid.scores[number, candidates[order]], self.geometry.cells(candidates[order], pyramid.sizes)
         by_kind = cells.kinds.argsort(stable=True)
         scores, cells = scores[by_kind], cells.take(by_kind)
-        windows, images = self.geometry.windows(cells), torch.full_like(chosen, number)
+        windows, images = self.geometry.windows(cells), torch.full_like(order, number)
         masks, quality = [], []
-        for part in torch.arange(len(chosen), device=chosen.device).split(self.windows_per_batch):
+        for part in torch.arange(len(order), device=order.device).split(self.windows_per_batch):
             cuts = self._cut(table, images[part], cells.take(part))
             embeddings = self.decoder.embeddings([cut for cut, _ in cuts])
             masks.append(self.decoder.masks(embeddings, skips, images[part], cells.levels[part], windows[part]))
