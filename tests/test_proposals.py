@@ -193,7 +193,7 @@ def test_results_carry_the_exact_masks(tiny_cfg):
         np.testing.assert_array_equal(mask_util.decode(result["segmentation"]), proposals.proposal_masks[i].paste()[0])
 
 
-@pytest.mark.parametrize("name", ["deepmask_lite0", "sharpmask_lite0"])
+@pytest.mark.parametrize("name", ["deepmask_lite0", "sharpmask_lite0", "sharpmask_fpn_lite0"])
 def test_packaged_models_run(name):
     cfg = model_zoo.get(name)
     cfg.MODEL.DEVICE = "cpu"

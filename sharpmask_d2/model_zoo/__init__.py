@@ -6,10 +6,15 @@ from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_sharpmask_config
 
-# One file holds both: SharpMask is the same network with another mask branch.
-_WEIGHTS = {"deepmask_lite0": "lite0.pth", "sharpmask_lite0": "lite0.pth", "multipath_lite0": "multipath_lite0.pth"}
+_WEIGHTS = {
+    "sharpmask_fpn_lite0": "sharpmask_fpn_lite0.pth",
+    # One file holds both: SharpMask is the same network with another mask branch.
+    "deepmask_lite0": "lite0.pth",
+    "sharpmask_lite0": "lite0.pth",
+    "multipath_lite0": "multipath_lite0.pth",
+}
 
-DEFAULT = "sharpmask_lite0"
+DEFAULT = "sharpmask_fpn_lite0"
 DEFAULT_DETECTOR = "multipath_lite0"
 
 
