@@ -1259,3 +1259,21 @@ def test_windows_beside_a_better_one_step_back(thresh):
     assert spread(windows, torch.linspace(1, 0, 40), thresh).tolist() == expected
     assert (len(stay) == 40) == (thresh == 1.0)
     assert len(spread(windows[:0], torch.zeros(0), thresh)) == 0
+
+
+def test_proposals_are_spread_before_masks_are_made(cfg):
+    images = images_of(noise(3, 96, 128))
+    features = PatchBackbone()(images.tensor)
+    generator = build(cfg).eval()
+    # Every mask is full: none is left out.
+    generator.num_proposals, generator.mask_threshold, generator.window_nms_thresh = 40, -1e6, 0.5
+    with torch.no_grad():
+        pyramid = generator.pyramid(images.image_sizes, features)
+        (proposals,) = generator.propose(pyramid, images.image_sizes)
+    # Four times as many windows as proposals are looked at.
+    scores, best = pyramid.scores[0].topk(160)
+    windows = generator.geometry.windows(generator.geometry.cells(best, pyramid.sizes))
+    first = spread(windows, scores, 0.5)[:40]
+    assert first.tolist() != list(range(40))
+    found = {tuple(window) for window in proposals.proposal_masks.windows.tolist()}
+    assert found == {tuple(window) for window in windows[first].tolist()}
