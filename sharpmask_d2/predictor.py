@@ -34,11 +34,7 @@ class ProposalPredictor:
                 f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: a predictor of proposals needs one of {ALONE}"
             )
         self.cfg = cfg
-        model = Trainer.build_model(cfg)
-        if cfg.MODEL.WEIGHTS:
-            StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-        self.model = fold_batch_norm(model.eval())
-        self.resize = _build_resize(cfg)
+        self.model, self.resize = _build(cfg)
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> Instances:
@@ -65,7 +61,7 @@ class DetectionPredictor:
     def __init__(self, cfg: CfgNode):
         """
         Args:
-            cfg: a config of a detector with online proposals; MODEL.WEIGHTS is loaded.
+            cfg: a config of a detector with online proposals; MODEL.WEIGHTS is loaded, or weights stay random where it is empty.
 
         Raises:
             ValueError: no detector, a detector that waits for precomputed proposals, or weights that lack parameters.
@@ -80,10 +76,7 @@ class DetectionPredictor:
                 "MODEL.PROPOSAL_GENERATOR.NAME to SharpMask, and MODEL.SHARPMASK.GENERATOR.WEIGHTS"
             )
         self.cfg = cfg
-        model = Trainer.build_model(cfg)
-        StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-        self.model = fold_batch_norm(model.eval())
-        self.resize = _build_resize(cfg)
+        self.model, self.resize = _build(cfg)
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> Instances:
@@ -106,8 +99,12 @@ def _check_image(image: np.ndarray) -> None:
         raise ValueError(f"expected a colour image of shape (height, width, 3), got {image.shape}")
 
 
-def _build_resize(cfg: CfgNode) -> ResizeShortestEdge:
-    return ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+def _build(cfg: CfgNode) -> tuple:
+    """The model with its weights, random where MODEL.WEIGHTS is empty, ready to run; and what resizes its images."""
+    model = Trainer.build_model(cfg)
+    if cfg.MODEL.WEIGHTS:
+        StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return fold_batch_norm(model.eval()), ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
 
 def _prepare(image: np.ndarray, resize: ResizeShortestEdge, cfg: CfgNode) -> dict:

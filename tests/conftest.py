@@ -16,6 +16,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from PIL import Image
 from sharpmask_d2 import add_sharpmask_config
 
@@ -202,6 +203,32 @@ def photographs(tmp_path):
         image = cv2.resize(rng.integers(0, 256, (6, 8, channels), dtype=np.uint8), (100 + i, 80))
         cv2.imwrite(str(folder / f"{i}.png"), image)
     return folder
+
+
+def draw_example(objects: list, size: tuple, *, kind: str = "polygon", seed: int = 0) -> tuple:
+    """An image (3, H, W) in a detector's normalisation, of bright rectangles (x0, y0, x1, y1) and noise, and its ground truth.
+
+    Masks are polygons, bitmaps ("bitmap") or absent (any other kind).
+    """
+    image = 0.3 * torch.randn(3, *size, generator=torch.Generator().manual_seed(seed))
+    masks = torch.zeros(len(objects), *size, dtype=torch.bool)
+    for i, (x0, y0, x1, y1) in enumerate(objects):
+        masks[i, y0:y1, x0:x1] = True
+        image[i % 3, y0:y1, x0:x1] += 2
+    gt = Instances(size)
+    gt.gt_boxes = Boxes(torch.tensor(objects, dtype=torch.float32).reshape(-1, 4))
+    gt.gt_classes = torch.zeros(len(objects), dtype=torch.long)
+    if kind == "bitmap":
+        gt.gt_masks = BitMasks(masks)
+    elif kind == "polygon" and objects:
+        gt.gt_masks = PolygonMasks([[np.array([a, b, c, b, c, d, a, d], dtype=np.float64)] for a, b, c, d in objects])
+    return image, gt
+
+
+def gradient(module):
+    """Sum of absolute gradients, None if no parameter has one."""
+    gradients = [p.grad.abs().sum() for p in module.parameters() if p.grad is not None]
+    return sum(gradients).item() if gradients else None
 
 
 def write_with_weights(cfg, folder: Path) -> Path:

@@ -11,6 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import draw_example, gradient
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.modeling.backbone import Backbone
@@ -148,20 +149,7 @@ def build(cfg):
 
 
 def draw(objects=OBJECTS, size=(112, 144), kind="polygon", seed=0):
-    """An image (3, H, W) in the network's normalisation, of bright rectangles and noise, and its ground truth."""
-    image = 0.3 * torch.randn(3, *size, generator=torch.Generator().manual_seed(seed))
-    masks = torch.zeros(len(objects), *size, dtype=torch.bool)
-    for i, (x0, y0, x1, y1) in enumerate(objects):
-        masks[i, y0:y1, x0:x1] = True
-        image[i % 3, y0:y1, x0:x1] += 2
-    gt = Instances(size)
-    gt.gt_boxes = Boxes(torch.tensor(objects, dtype=torch.float32).reshape(-1, 4))
-    gt.gt_classes = torch.zeros(len(objects), dtype=torch.long)
-    if kind == "bitmap":
-        gt.gt_masks = BitMasks(masks)
-    elif kind == "polygon" and objects:
-        gt.gt_masks = PolygonMasks([[np.array([a, b, c, b, c, d, a, d], dtype=np.float64)] for a, b, c, d in objects])
-    return image, gt
+    return draw_example(objects, size, kind=kind, seed=seed)
 
 
 def noise(*shape, seed=0):
@@ -170,12 +158,6 @@ def noise(*shape, seed=0):
 
 def images_of(*images):
     return ImageList.from_tensors(list(images), PatchBackbone().size_divisibility)
-
-
-def gradient(module):
-    """Sum of absolute gradients, None if no parameter has one."""
-    gradients = [p.grad.abs().sum() for p in module.parameters() if p.grad is not None]
-    return sum(gradients).item() if gradients else None
 
 
 def slow_cells(size, strides):

@@ -6,13 +6,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import to_small_detector
+from conftest import draw_example, gradient, to_small_detector
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.proposal_generator import build_proposal_generator
-from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks
+from detectron2.structures import BitMasks, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from sharpmask_d2 import model_zoo
 from sharpmask_d2.modeling.proposal_generator import sharpmask_generator
@@ -91,30 +91,11 @@ def build(cfg, input_shape=None):
 
 
 def draw(objects=OBJECTS, size=(96, 128), kind="polygon"):
-    """An image (3, H, W) in the detector's normalisation, of bright rectangles and noise, and its ground truth."""
-    image = 0.3 * torch.randn(3, *size, generator=torch.Generator().manual_seed(0))
-    masks = torch.zeros(len(objects), *size, dtype=torch.bool)
-    for i, (x0, y0, x1, y1) in enumerate(objects):
-        masks[i, y0:y1, x0:x1] = True
-        image[i % 3, y0:y1, x0:x1] += 2
-    gt = Instances(size)
-    gt.gt_boxes = Boxes(torch.tensor(objects, dtype=torch.float32).reshape(-1, 4))
-    gt.gt_classes = torch.zeros(len(objects), dtype=torch.long)
-    if kind == "bitmap":
-        gt.gt_masks = BitMasks(masks)
-    elif kind == "polygon" and objects:
-        gt.gt_masks = PolygonMasks([[np.array([a, b, c, b, c, d, a, d], dtype=np.float64)] for a, b, c, d in objects])
-    return image, gt
+    return draw_example(objects, size, kind=kind)
 
 
 def images_of(*images):
     return ImageList.from_tensors(list(images))
-
-
-def gradient(module):
-    """Sum of absolute gradients, None if no parameter has one."""
-    gradients = [p.grad.abs().sum() for p in module.parameters() if p.grad is not None]
-    return sum(gradients).item() if gradients else None
 
 
 def assert_same(found, expected):
