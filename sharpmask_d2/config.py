@@ -156,7 +156,7 @@ def add_sharpmask_config(cfg: CN) -> None:
 
     # --- on a feature pyramid (MODEL.PROPOSAL_GENERATOR.NAME: SharpMaskFPN) --------------------------------------------------
     # It reads the backbone, and of the keys above: WINDOW_SIZE (what LABELS refer to), EMBED_DIM, REFINEMENT.CHANNELS and
-    # SCHEDULE, the weights of the losses, LABELS, GENERATOR.FROZEN, WINDOWS_PER_IMAGE and POSITIVE_FRACTION, and TEST.
+    # SCHEDULE, the weights of the losses, LABELS, GENERATOR.FROZEN, WINDOWS_PER_IMAGE and POSITIVE_FRACTION, and TEST but for SCALES.
     _C.FPN = CN()
     # Levels of the backbone's pyramid, fine to coarse, and how many coarser ones are made of the last.
     _C.FPN.IN_FEATURES = ["p2", "p3", "p4", "p5"]

@@ -32,8 +32,8 @@ from .evaluation import (
 from .modeling.roi_heads import ProposalMaskRes5ROIHeads, ProposalMaskROIHeads
 
 # The stand-alone networks: trained on patches, or on full images.
-ARCHITECTURE, PYRAMID_ARCHITECTURE = "SharpMaskProposalNetwork", "SegmentProposalNetwork"
-ALONE = (ARCHITECTURE, PYRAMID_ARCHITECTURE)
+ARCHITECTURE = "SharpMaskProposalNetwork"
+ALONE = (ARCHITECTURE, "SegmentProposalNetwork")
 # These and Detectron2's own, an RPN alone, give proposals and no detections.
 _PROPOSAL_NETWORKS = (*ALONE, "ProposalNetwork")
 # Proposal generators whose proposals can be evaluated within a detector.
