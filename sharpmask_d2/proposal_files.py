@@ -77,6 +77,9 @@ class ProposalWriter:
                 if not line.endswith(b"\n"):
                     break
                 if end == 0 and line.decode().strip() != header:
+                    # A run that ended before its first image left nothing to lose.
+                    if not next(lines, b"").endswith(b"\n"):
+                        return 0
                     raise ValueError(
                         f"{self.partial} was written with another config, other weights or other inputs: "
                         "remove it, or choose another output"

@@ -90,6 +90,16 @@ def test_a_stopped_run_goes_on_behind_the_last_whole_line(tmp_path):
     assert [r["image_id"] for r in json.loads(output.read_text())] == [7, 8, 10]
 
 
+def test_a_run_that_ended_before_its_first_image_stops_no_other(tmp_path):
+    output = tmp_path / "proposals.json"
+    ProposalWriter(str(output), {"a": 1})
+    writer = ProposalWriter(str(output), {"a": 2})
+    writer.add(7, [{"image_id": 7, "bbox": [0, 0, 1, 1], "score": 0.5}])
+    assert ProposalWriter(str(output), {"a": 2}).done == {7}
+    with pytest.raises(ValueError, match="another config"):
+        ProposalWriter(str(output), {"a": 1})
+
+
 def test_images_of_an_annotation_file_keep_their_ids(tiny_config, make_dataset, tmp_path):
     json_file, image_root, _ = make_dataset(tmp_path / "data")
     output = tmp_path / "proposals.json"
