@@ -1,0 +1,128 @@
+"""The stage clock against a clock that the test moves, the limit against an analytic count, and the tool as a user runs it."""
+
+import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
+
+# isort: split
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sharpmask_d2 import model_zoo
+from sharpmask_d2.benchmark import STAGES, StageClock, best_rates, count_operations
+from sharpmask_d2.benchmark import stages as stages_module
+from sharpmask_d2.engine import Trainer
+from torch import nn
+
+TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark.py"
+
+
+@pytest.fixture
+def hands(monkeypatch):
+    """A clock that stands still but for `hands.wait(seconds)`."""
+
+    class Hands:
+        now = 5.0
+
+        def wait(self, seconds):
+            self.now += seconds
+
+    hands = Hands()
+    monkeypatch.setattr(stages_module.time, "perf_counter", lambda: hands.now)
+    return hands
+
+
+def test_a_stage_inside_another_counts_for_itself(tiny_cfg, hands):
+    clock = StageClock(Trainer.build_model(tiny_cfg))
+    with clock.stage("windows"):
+        hands.wait(1)
+        with clock.stage("trunk"):
+            hands.wait(2)
+            with clock.stage("score"):
+                hands.wait(4)
+        hands.wait(8)
+        with clock.stage("trunk"):
+            hands.wait(16)
+    assert clock.seconds == {"windows": 9, "trunk": 18, "score": 4}
+
+
+def inside(model, stage):
+    """A module that runs within the stage."""
+    network = model.pyramid.network
+    return {
+        "trunk": network.trunk.stem.conv1,
+        "score": network.head.reduce,
+        "horizontal": network.mask_branch.steps[0].horizontal,
+        "refinement": network.mask_branch.to_mask,
+    }[stage]
+
+
+@pytest.mark.parametrize("stage", ["trunk", "score", "horizontal", "refinement"])
+def test_time_of_a_part_belongs_to_its_stage(tiny_cfg, hands, stage):
+    model = Trainer.build_model(tiny_cfg).eval()
+    calls = []
+    inside(model, stage).register_forward_hook(lambda *_: (hands.wait(1), calls.append(1))[0])
+    with torch.no_grad(), StageClock(model) as clock, clock.stage("windows"):
+        model([{"image": torch.zeros(3, 64, 96, dtype=torch.uint8)}])
+    assert calls
+    assert {name: seconds for name, seconds in clock.seconds.items() if seconds} == {stage: len(calls)}
+
+
+@pytest.mark.parametrize("pyramid", ["image", "feature"])
+def test_a_measured_model_is_as_it_was(tiny_cfg, pyramid):
+    cfg = tiny_cfg if pyramid == "image" else model_zoo.get("sharpmask_fpn_lite0")
+    cfg.MODEL.DEVICE = "cpu"
+    model = Trainer.build_model(cfg).eval()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    images = [{"image": torch.randint(0, 255, (3, 64, 96), dtype=torch.uint8)}]
+    with torch.no_grad():
+        expected = model(images)[0]["proposals"]
+        with StageClock(model) as clock:
+            measured = model(images)[0]["proposals"]
+    # One feature pyramid has no images to resize.
+    assert set(clock.seconds) == set(STAGES) - {"windows"} - ({"pyramid"} if pyramid == "feature" else set())
+    assert all(seconds > 0 for seconds in clock.seconds.values())
+    assert torch.equal(expected.objectness_logits, measured.objectness_logits)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    with torch.no_grad():
+        clock.seconds.clear()
+        model(images)
+    assert not clock.seconds
+
+
+def test_operations_are_two_for_each_multiply_add():
+    convolution = nn.Conv2d(3, 5, 3, padding=1, bias=False)
+    assert count_operations(convolution, (torch.zeros(1, 3, 10, 20),)) == 2 * 9 * 3 * 5 * 10 * 20
+
+
+def test_rates_are_of_the_work_done(monkeypatch):
+    from sharpmask_d2.benchmark import limits
+
+    monkeypatch.setattr(limits, "_MATRIX_SIDE", 64)
+    monkeypatch.setattr(limits, "_CONV", {"batch": 1, "channels": 8, "side": 16})
+    monkeypatch.setattr(limits, "_fastest", lambda work, device, repeat: (work(), 0.5)[1])
+    rates = best_rates(torch.device("cpu"), torch.float32)
+    assert rates == {"matrix product": 2 * 64**3 / 0.5, "3x3 convolution": 2 * 9 * 8 * 8 * 16 * 16 / 0.5}
+
+
+def test_the_tool_measures_models_in_turn(tiny_cfg, tmp_path, monkeypatch, capsys):
+    config, output = tmp_path / "tiny.yaml", tmp_path / "figures.json"
+    config.write_text(tiny_cfg.dump())
+    arguments = ["--config-file", config, "--dtype", "bfloat16", "--num-proposals", "5", "9"]
+    arguments += ["--image-size", "64", "96", "--repeat", "2", "--output", output]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "proposals", *map(str, arguments)])
+    runpy.run_path(str(TOOL), run_name="__main__")
+    assert "| tiny    | bfloat16 |" in capsys.readouterr().out
+    figures = json.loads(output.read_text())
+    runs = figures["runs"]
+    assert [(run["dtype"], run["proposals"]) for run in runs] == [("bfloat16", 5), ("bfloat16", 9)]
+    for run in runs:
+        assert run["fastest"] <= run["seconds"] <= run["slowest"]
+        assert run["limit"] == pytest.approx(run["GFLOP"] * 1e9 / max(figures["rates"][run["dtype"]].values()))
+        assert run["GFLOP"] > 0
+        assert run["peak MB"] >= 0
+    # More windows are refined.
+    assert runs[1]["GFLOP"] > runs[0]["GFLOP"]
