@@ -126,3 +126,9 @@ def test_the_tool_measures_models_in_turn(tiny_cfg, tmp_path, monkeypatch, capsy
         assert run["peak MB"] >= 0
     # More windows are refined.
     assert runs[1]["GFLOP"] > runs[0]["GFLOP"]
+
+
+def test_a_detector_is_told_where_it_belongs(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "proposals", "--model", "multipath_lite0"])
+    with pytest.raises(SystemExit, match=r"\['multipath_lite0'\] make no proposals alone"):
+        runpy.run_path(str(TOOL), run_name="__main__")

@@ -37,7 +37,7 @@ from sharpmask_d2.benchmark import STAGES, StageClock, best_rates, count_operati
 from sharpmask_d2.checkpoint import StrictCheckpointer
 from sharpmask_d2.data import PatchMapper
 from sharpmask_d2.data.loader import PatchBatches
-from sharpmask_d2.engine import ARCHITECTURE, Trainer
+from sharpmask_d2.engine import ALONE, ARCHITECTURE, Trainer
 from sharpmask_d2.evaluation.proposal_evaluation import write_json
 from sharpmask_d2.modeling.layers import fold_batch_norm
 from tabulate import tabulate
@@ -119,6 +119,7 @@ class ProposalRun:
     def __init__(self, name: str, cfg, model, num_proposals: int, dtype: str, image: torch.Tensor):
         self.name, self.model, self.num_proposals, self.dtype = name, model, num_proposals, dtype
         self.image = image.to(model.device)
+        self.generator = getattr(model, "pyramid", None) or model.proposal_generator
         self.generator.num_proposals = num_proposals
         self.laps, self.counts = [], []
         with autocast(model.device, dtype):
@@ -136,10 +137,6 @@ class ProposalRun:
                 output["proposals"].proposal_masks.rle()
         self.laps.append(clock.seconds)
         self.counts.append(len(output["proposals"]))
-
-    @property
-    def generator(self):
-        return getattr(self.model, "pyramid", None) or self.model.proposal_generator
 
     def figures(self, rates: dict) -> dict:
         # The first run warms up.
@@ -169,6 +166,8 @@ def benchmark_proposals(args: argparse.Namespace) -> dict:
         # Random weights: those that the config starts from may not be there.
         cfg.MODEL.WEIGHTS = cfg.MODEL.TIMM.PRETRAINED = ""
         configs.append((Path(path).stem, cfg))
+    if others := [name for name, cfg in configs if cfg.MODEL.META_ARCHITECTURE not in ALONE]:
+        sys.exit(f"{others} make no proposals alone, their MODEL.META_ARCHITECTURE is none of {ALONE}: see `detector`")
     image = draw_image(*args.image_size)
     runs = []
     for name, cfg in configs:

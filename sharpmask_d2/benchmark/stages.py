@@ -17,7 +17,7 @@ class StageClock:
     """Measures a model that makes proposals of full images, without a line of timing in it.
 
     Inside `with clock:` the methods that make up a stage are replaced by ones that take the time. A stage inside another one counts for
-    itself alone.
+    itself alone. On a GPU every stage ends with a synchronisation, so that the sum is a little more than an unmeasured run takes.
     """
 
     def __init__(self, model):
