@@ -53,11 +53,14 @@ def parse_args() -> argparse.Namespace:
     proposals = commands.add_parser("proposals", help="seconds and memory per image")
     detector = commands.add_parser("detector", help="seconds and memory per image and per training step")
     dtypes = {"choices": ("float32", "bfloat16"), "help": "of the network"}
-    models = proposals.add_argument
-    models("--model", action="append", default=[], choices=model_zoo.names(), help="a packaged model; may be repeated")
-    models("--config-file", action="append", default=[], help="a config, with random weights; may be repeated")
-    models("--dtype", nargs="+", default=["float32"], **dtypes)
-    models("--num-proposals", type=int, nargs="+", default=[0], help="default: that of the config")
+    proposals.add_argument(
+        "--model", action="append", default=[], choices=model_zoo.names(), help="a packaged model; may be repeated"
+    )
+    proposals.add_argument(
+        "--config-file", action="append", default=[], help="a config, with random weights; may be repeated"
+    )
+    proposals.add_argument("--dtype", nargs="+", default=["float32"], **dtypes)
+    proposals.add_argument("--num-proposals", type=int, nargs="+", default=[0], help="default: that of the config")
     detector.add_argument("--weights", help="checkpoint; without it, random weights, whatever the config says")
     detector.add_argument("--num-proposals", type=int, help="default: that of the config")
     detector.add_argument("--dtype", default="float32", **dtypes)
