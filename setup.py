@@ -20,8 +20,9 @@ setup(
     package_data={"sharpmask_d2.model_zoo": ["*.yaml", "*.pth"]},
     # Detectron2 is not among them: a Detectron2 that is there, under whatever name, is left alone. See README.md.
     install_requires=[
-        "torch>=2.1",
-        "torchvision>=0.16",
+        # Since which a CPU multiplies int8 matrices.
+        "torch>=2.4",
+        "torchvision>=0.19",
         "fvcore>=0.1.5",
         "numpy>=1.23",
         "pillow>=9",

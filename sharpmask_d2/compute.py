@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from . import model_zoo
 from .config import add_sharpmask_config
+from .memory import keep_freed_memory
 from .model_zoo import DEFAULT
 from .predictor import ProposalPredictor
 from .proposal_files import ProposalWriter, to_results
@@ -138,6 +139,7 @@ def compute_proposals(
     visualize: Optional[str] = None,
     pkl: Optional[str] = None,
     pkl_masks: bool = False,
+    dtype: str = "float32",
     **config,
 ) -> int:
     """Compute proposals of images and write them; see tools/compute_proposals.py.
@@ -149,16 +151,18 @@ def compute_proposals(
         visualize: folder for pictures.
         pkl: pickle to write.
         pkl_masks: with the masks.
+        dtype: see `ProposalPredictor`.
         config: see `build_config`.
 
     Returns:
         exit status: 1 if an image could not be read, else 0.
     """
+    keep_freed_memory()
     images = list_inputs(input) if input else list_annotated(annotations, image_root)
     cfg = build_config(**config)
     inputs = [str(image.path) for image in images]
-    writer = ProposalWriter(output, {"config": cfg.MODEL.dump(), "input": [cfg.INPUT.FORMAT, *inputs]})
-    predictor = ProposalPredictor(cfg)
+    writer = ProposalWriter(output, {"config": cfg.MODEL.dump(), "input": [cfg.INPUT.FORMAT, *inputs], "dtype": dtype})
+    predictor = ProposalPredictor(cfg, dtype=dtype)
     if visualize:
         Path(visualize).mkdir(parents=True, exist_ok=True)
 

@@ -56,7 +56,7 @@ def inside(model, stage):
         "trunk": network.trunk.stem.conv1,
         "score": network.head.reduce,
         "horizontal": network.mask_branch.steps[0].horizontal,
-        "refinement": network.mask_branch.to_mask,
+        "refinement": network.mask_branch.steps[0].vertical[0],
     }[stage]
 
 

@@ -1228,19 +1228,23 @@ def test_a_detector_survives_images_without_proposals(cfg):
 
 
 @pytest.mark.parametrize("thresh", [0.3, 0.6, 1.0])
-def test_windows_beside_a_better_one_step_back(thresh):
+@pytest.mark.parametrize("steps", [1.0, 1.5, 4.0])
+@pytest.mark.parametrize("count", [3, 25, 100])
+def test_windows_beside_a_better_one_step_back(thresh, steps, count):
     generator = torch.Generator().manual_seed(4)
     corners = torch.rand(40, 2, generator=generator) * 20
-    windows = torch.cat([corners, corners + 10 + 4 * torch.rand(40, 2, generator=generator)], dim=1)
+    # Alike in size, and where there are steps of 1.5 some pairs differ too much to overlap by 0.6, but none by 0.3.
+    sides = steps ** (torch.arange(40) % 3)[:, None] * (10 + torch.rand(40, 2, generator=generator))
+    windows = torch.cat([corners, corners + sides], dim=1)
     overlaps = pairwise_iou(Boxes(windows), Boxes(windows))
     stay = []
     for i in range(40):
         if all(overlaps[i, j] <= thresh for j in stay):
             stay.append(i)
     expected = stay + [i for i in range(40) if i not in stay]
-    assert spread(windows, torch.linspace(1, 0, 40), thresh).tolist() == expected
+    assert spread(windows, torch.linspace(1, 0, 40), thresh, count).tolist() == expected[:count]
     assert (len(stay) == 40) == (thresh == 1.0)
-    assert len(spread(windows[:0], torch.zeros(0), thresh)) == 0
+    assert len(spread(windows[:0], torch.zeros(0), thresh, count)) == 0
 
 
 def test_proposals_are_spread_before_masks_are_made(cfg):
@@ -1255,7 +1259,7 @@ def test_proposals_are_spread_before_masks_are_made(cfg):
     # Four times as many windows as proposals are looked at.
     scores, best = pyramid.scores[0].topk(160)
     windows = generator.geometry.windows(generator.geometry.cells(best, pyramid.sizes))
-    first = spread(windows, scores, 0.5)[:40]
+    first = spread(windows, scores, 0.5, 40)
     assert first.tolist() != list(range(40))
     found = {tuple(window) for window in proposals.proposal_masks.windows.tolist()}
     assert found == {tuple(window) for window in windows[first].tolist()}

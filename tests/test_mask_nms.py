@@ -40,6 +40,18 @@ def test_overlaps_of_a_large_image_are_close():
     assert (mask_overlaps(masks) - expected).abs().max() < 0.06
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 130])
+def test_overlaps_do_not_depend_on_autocast(count):
+    masks = drawn_masks((300, 400), count)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = mask_overlaps(masks)
+    assert found.dtype == torch.float32
+    bitmaps = masks.scale(0.28, 0.28, (84, 112)).paste().flatten(1).double()
+    shared = bitmaps @ bitmaps.T
+    union = bitmaps.sum(1)[:, None] + bitmaps.sum(1) - shared
+    torch.testing.assert_close(found.double(), shared / union.clamp(min=1), atol=1e-6, rtol=0)
+
+
 def test_masks_that_nobody_sees_overlap_nothing():
     masks = drawn_masks((80, 100), 3)
     empty = WindowMasks(torch.full_like(masks.logits, -9.0), masks.windows, masks.image_size)

@@ -11,7 +11,13 @@ from detectron2.modeling.backbone import Backbone
 from sharpmask_d2 import add_sharpmask_config
 from sharpmask_d2.modeling.backbone import ResNetTrunk, TimmTrunk, VGGTrunk
 from sharpmask_d2.modeling.heads import HEADS, CoarseMask, WindowHead
-from sharpmask_d2.modeling.layers import conv_upsampled, fold_batch_norm, mirror_pad, use_mirrored_padding
+from sharpmask_d2.modeling.layers import (
+    MirroredConv2d,
+    conv_upsampled,
+    fold_batch_norm,
+    mirror_pad,
+    use_mirrored_padding,
+)
 from sharpmask_d2.modeling.proposal_generator import ImagePyramid
 from sharpmask_d2.modeling.refinement import (
     MultiscaleRefinement,
@@ -583,9 +589,11 @@ def test_use_mirrored_padding_returns_the_module():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_convolution_of_an_upsampled_map_needs_no_upsampling(dtype):
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_convolution_of_an_upsampled_map_needs_no_upsampling(dtype, mirrored):
     torch.manual_seed(0)
     conv, x = nn.Conv2d(3, 2, 3, padding=1).to(dtype), torch.randn(2, 3, 5, 4, dtype=dtype, requires_grad=True)
+    conv = MirroredConv2d(conv) if mirrored else conv
     expected = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
     found = conv_upsampled(x, conv)
     tolerance = 1e-5 if dtype == torch.float32 else 0.05

@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import platform
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -14,6 +17,8 @@ from detectron2.modeling.proposal_generator import build_proposal_generator
 from detectron2.structures import BoxMode, ImageList, Instances
 from pycocotools import mask as mask_util
 from sharpmask_d2 import compute, model_zoo
+from sharpmask_d2.modeling.inference import autocast, prepare_for_inference
+from sharpmask_d2.modeling.layers import fold_batch_norm
 from sharpmask_d2.predictor import ProposalPredictor
 from sharpmask_d2.proposal_files import ProposalWriter, to_results
 from sharpmask_d2.visualization import choose_distinct, draw_masks
@@ -203,15 +208,17 @@ def test_results_carry_the_exact_masks(tiny_cfg):
         np.testing.assert_array_equal(mask_util.decode(result["segmentation"]), proposals.proposal_masks[i].paste()[0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["deepmask_lite0", "sharpmask_lite0", "sharpmask_fpn_lite0"])
-def test_packaged_models_run(name):
+def test_packaged_models_run(name, dtype):
     cfg = model_zoo.get(name)
     cfg.MODEL.DEVICE = "cpu"
     # The disc is 80 pixels wide, near the 92 that are canonical at scale 1.
     cfg.MODEL.SHARPMASK.TEST.SCALES = [0.0]
     image = np.full((120, 160, 3), 255, np.uint8)
     cv2.circle(image, (80, 60), 40, (20, 40, 160), -1)
-    proposals = ProposalPredictor(cfg)(image)
+    proposals = ProposalPredictor(cfg, dtype=dtype)(image)
+    assert str(proposals.proposal_masks.logits.dtype) == f"torch.{dtype}"
     disc = np.zeros((120, 160), np.uint8)
     cv2.circle(disc, (80, 60), 40, 1, -1)
     best = [mask_util.encode(np.asfortranarray(disc))]
@@ -249,6 +256,40 @@ def test_autocast_gives_nearly_the_same_proposals(tiny_cfg):
     assert rounded.proposal_masks.logits.dtype == torch.bfloat16
     scale = exact.objectness_logits.abs().max()
     assert (exact.objectness_logits - rounded.objectness_logits).abs().max() <= 0.05 * scale
+
+
+def test_casting_the_weights_before_is_what_autocast_does(tiny_cfg):
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg).eval()
+    images = [{"image": torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(0)) * 255}]
+    with autocast(model.device, "bfloat16"):
+        expected = fold_batch_norm(model)(images)[0]["proposals"]
+        found = prepare_for_inference(model, "bfloat16")(images)[0]["proposals"]
+    assert {p.dtype for p in model.pyramid.network.head.parameters()} == {torch.bfloat16}
+    assert torch.equal(found.objectness_logits, expected.objectness_logits)
+    logits, reference = found.proposal_masks.logits.float(), expected.proposal_masks.logits.float()
+    assert (logits - reference).abs().max() <= 0.02 * reference.abs().max()
+
+
+def test_unknown_dtypes_are_answered_with_those_there_are(tiny_cfg):
+    with pytest.raises(ValueError, match=r"'float16': choose from .*bfloat16"):
+        ProposalPredictor(tiny_cfg, dtype="float16")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.parametrize("keep", [True, False])
+def test_freed_memory_is_kept(keep):
+    program = f"""
+import re, torch
+from sharpmask_d2.memory import keep_freed_memory
+assert not {keep} or keep_freed_memory()
+resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
+before = resident()
+torch.ones(100, 2**20).sum()
+print(resident() - before)
+"""
+    grown = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    assert (grown > 350) == keep
 
 
 @pytest.mark.gpu

@@ -187,8 +187,9 @@ def test_chunks_do_not_matter(monkeypatch, budget):
 
 
 def test_methods_agree_with_encode():
+    boxes, areas, rle = draw_masks(5).encode()
+    # Of masks of their own: the first method that is asked finds the runs for all.
     masks = draw_masks(5)
-    boxes, areas, rle = masks.encode()
     assert isinstance(masks.boxes(), Boxes)
     assert torch.equal(masks.boxes().tensor, boxes.tensor)
     assert torch.equal(masks.areas(), areas)
@@ -256,6 +257,19 @@ def test_indexing():
         assert (part.image_size, part.threshold) == (masks.image_size, masks.threshold)
     with pytest.raises(IndexError, match="out of range"):
         masks[len(masks)]
+
+
+def test_what_is_known_of_masks_is_known_of_some_of_them():
+    masks = draw_masks(9, count=6)
+    expected, boxes = masks.rle(), masks.boxes().tensor
+    for item in (3, -2, slice(1, 5, 2), [5, 0, 0, 3], torch.tensor([4, 1]), torch.arange(len(masks)) % 2 == 1, []):
+        rows = torch.arange(len(masks))[item if not isinstance(item, int) else [item]].tolist()
+        for part in (masks[item], masks[item].to("cpu"), masks[:][item]):
+            assert part.rle() == [expected[row] for row in rows]
+            assert torch.equal(part.boxes().tensor, boxes[rows])
+            assert torch.equal(part.paste(), masks.paste()[rows])
+    assert masks.hflip().rle() != expected
+    assert masks.scale(0.5, 0.5, (20, 20)).rle()[0]["size"] == [20, 20]
 
 
 def test_field_of_instances():

@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 from sharpmask_d2.checkpoint.torch7_conversion import convert_torch7, save_torch7_model
 from sharpmask_d2.compute import build_config
 from sharpmask_d2.modeling.windows import pyramid_levels
+from torch.nn.functional import interpolate
 
 # Of an array's largest magnitude.
 TOLERANCE = 1e-3
@@ -86,9 +87,12 @@ def test_patches_through_every_stage_of_sharpmask(pyramids, patches):
     branch = network.mask_branch
     modules = {"trunk_out": network.head.embed, "module0": branch.start}
     for i, step in enumerate(branch.steps, start=1):
-        modules.update({f"horizontal{i}": step.horizontal, f"vertical{i}": step.vertical, f"module{i}": step})
+        modules.update({f"horizontal{i}": step.horizontal, f"vertical{i}": step.vertical[-1], f"module{i}": step})
     outputs = record(modules)
     scores, masks = network(pixels(network, patches["patches"]))
+    for i in (1, 2, 3):
+        # What ours leaves to the next module.
+        outputs[f"module{i}"] = interpolate(outputs[f"module{i}"], scale_factor=2, mode="nearest")
     # The original's last module goes on to the mask.
     outputs.update(score=scores, sharpmask_mask160=masks, module4=masks)
     for name in sorted(set(patches.files) - {"patches", "deepmask_mask56"}):

@@ -1,25 +1,26 @@
 #!/usr/bin/env python
-"""Speed and memory, of cutting training patches, of proposals of full images, and of detectors.
+"""Speed and memory, of proposals of full images and their evaluation, of training and cutting its patches, and of detectors.
 
-    tools/benchmark.py sampler --annotations train.json --image-root images --config-file configs/deepmask_lite0.yaml
     tools/benchmark.py proposals --model sharpmask_fpn_lite0 --config-file configs/sharpmask_R_50.yaml --dtype float32 bfloat16
+    tools/benchmark.py growth --model sharpmask_fpn_lite0 --model sharpmask_lite0 --dtype bfloat16 --plot growth.png
+    tools/benchmark.py evaluation
+    tools/benchmark.py training --config-file configs/deepmask_lite0.yaml --config-file configs/sharpmask_fpn_lite0.yaml
+    tools/benchmark.py sampler --annotations train.json --image-root images --config-file configs/deepmask_lite0.yaml
     tools/benchmark.py detector --config-file configs/detection/multipath_lite0.yaml
 
-`proposals` measures everything it is given in turn, A B A B, so that what else the machine does meets all alike. Beside the stages of each
-it prints its limit: floating-point operations, counted by fvcore, over the best rate that a large matrix product or 3x3 convolution
-reaches.
+`proposals` and `training` measure everything they are given in turn, A B A B, so that what else the machine does meets all alike. Beside
+each they print its limit: floating-point operations, counted by fvcore (a training step's by torch, as fvcore counts no backward pass),
+over the best rate that a large matrix product or 3x3 convolution reaches. `growth` shows how seconds per image grow with the image's area,
+the scales of an image pyramid, the number of proposals and that of images in a batch.
 
 Set OMP_NUM_THREADS for the number of threads; `sampler` uses one process and one thread, which is what a worker has.
 """
 
 import argparse
-import re
-import resource
 import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext, suppress
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,17 +31,31 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.data.datasets import load_coco_json
-from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from pycocotools import mask as mask_utils
 from sharpmask_d2 import model_zoo
-from sharpmask_d2.benchmark import STAGES, StageClock, best_rates, count_operations
+from sharpmask_d2.benchmark import (
+    STAGES,
+    StageClock,
+    best_rates,
+    count_operations,
+    draw_image,
+    draw_objects,
+    draw_proposals,
+    forget_peak,
+    peak_megabytes,
+)
 from sharpmask_d2.checkpoint import StrictCheckpointer
 from sharpmask_d2.data import PatchMapper
 from sharpmask_d2.data.loader import PatchBatches
 from sharpmask_d2.engine import ALONE, ARCHITECTURE, Trainer
 from sharpmask_d2.evaluation.proposal_evaluation import write_json
-from sharpmask_d2.modeling.layers import fold_batch_norm
+from sharpmask_d2.evaluation.recall import GroundTruth, RecallAccumulator
+from sharpmask_d2.memory import keep_freed_memory
+from sharpmask_d2.modeling.inference import DTYPES, autocast, prepare_for_inference
+from sharpmask_d2.structures import WindowMasks
 from tabulate import tabulate
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,33 +66,46 @@ def parse_args() -> argparse.Namespace:
     sampler.add_argument("--image-root", required=True, help="folder of the images")
     sampler.add_argument("--batches", type=int, default=20, help="timed batches, after one that is not")
     proposals = commands.add_parser("proposals", help="seconds and memory per image")
+    growth = commands.add_parser("growth", help="seconds per image, as image, scales, proposals and batch grow")
+    evaluation = commands.add_parser("evaluation", help="seconds for encoding and evaluating an image's proposals")
+    training = commands.add_parser("training", help="seconds per step, patches and images per second")
     detector = commands.add_parser("detector", help="seconds and memory per image and per training step")
-    dtypes = {"choices": ("float32", "bfloat16"), "help": "of the network"}
-    proposals.add_argument(
-        "--model", action="append", default=[], choices=model_zoo.names(), help="a packaged model; may be repeated"
-    )
-    proposals.add_argument(
-        "--config-file", action="append", default=[], help="a config, with random weights; may be repeated"
-    )
-    proposals.add_argument("--dtype", nargs="+", default=["float32"], **dtypes)
+    dtypes = {"choices": DTYPES, "help": "of the network"}
+    for command in (proposals, growth):
+        command.add_argument(
+            "--model", action="append", default=[], choices=model_zoo.names(), help="a packaged model; may be repeated"
+        )
+    for command in (proposals, growth, training):
+        command.add_argument(
+            "--config-file", action="append", default=[], help="a config, with random weights; may be repeated"
+        )
+    for command in (proposals, training):
+        command.add_argument("--dtype", nargs="+", default=["float32"], **dtypes)
+    growth.add_argument("--plot", help="draw the curves into this picture")
+    growth.add_argument("--dtype", default="float32", **dtypes)
+    evaluation.add_argument("--num-proposals", type=int, default=1000)
+    evaluation.add_argument("--num-objects", type=int, default=10)
     proposals.add_argument("--num-proposals", type=int, nargs="+", default=[0], help="default: that of the config")
     detector.add_argument("--weights", help="checkpoint; without it, random weights, whatever the config says")
     detector.add_argument("--num-proposals", type=int, help="default: that of the config")
     detector.add_argument("--dtype", default="float32", **dtypes)
-    for command in (proposals, detector):
+    for command in (proposals, evaluation, training, detector):
         command.add_argument("--image-size", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
+    for command in (proposals, growth, evaluation, training, detector):
         command.add_argument("--repeat", type=int, default=5, help="timed runs, after one that is not")
     for command in (sampler, detector):
         command.add_argument("--config-file", help="default: the defaults of sharpmask_d2/config.py")
-    for command in (sampler, proposals, detector):
+    for command in commands.choices.values():
         command.add_argument("--output", help="write the figures to this JSON file")
+    for command in (sampler, proposals, growth, training, detector):
         command.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values: KEY VALUE ...")
     args = parser.parse_args()
     if getattr(args, "batches", 1) < 1 or getattr(args, "repeat", 1) < 1:
         parser.error("--batches and --repeat must be at least 1")
-    if args.command == "proposals" and not args.model + args.config_file:
+    files = getattr(args, "config_file", None)
+    if isinstance(files, list) and not files + getattr(args, "model", []):
         parser.error("name a --model or a --config-file")
-    files = args.config_file if args.command == "proposals" else [args.config_file]
+    files = files if isinstance(files, list) else [files]
     for path in (*files, *(getattr(args, name, None) for name in ("weights", "annotations", "image_root"))):
         if path and not Path(path).exists():
             parser.error(f"there is no {path}")
@@ -163,41 +191,49 @@ class ProposalRun:
 
 
 def benchmark_proposals(args: argparse.Namespace) -> dict:
-    configs = [(name, merged(model_zoo.get(name), args.opts)) for name in args.model]
-    for path in args.config_file:
-        cfg = setup(path, args.opts)
-        # Random weights: those that the config starts from may not be there.
-        cfg.MODEL.WEIGHTS = cfg.MODEL.TIMM.PRETRAINED = ""
-        configs.append((Path(path).stem, cfg))
-    if others := [name for name, cfg in configs if cfg.MODEL.META_ARCHITECTURE not in ALONE]:
-        sys.exit(f"{others} make no proposals alone, their MODEL.META_ARCHITECTURE is none of {ALONE}: see `detector`")
+    configs = read_configs(args)
     image = draw_image(*args.image_size)
     runs = []
     for name, cfg in configs:
-        model = build(cfg)
-        for count in args.num_proposals:
-            count = count or cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS
-            runs += [ProposalRun(name, cfg, model, count, dtype, image) for dtype in args.dtype]
+        for dtype in args.dtype:
+            model = build(cfg, dtype)
+            for count in args.num_proposals:
+                count = count or cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS
+                runs.append(ProposalRun(name, cfg, model, count, dtype, image))
     rates = {dtype: best_rates(model.device, getattr(torch, dtype)) for dtype in args.dtype}
-    for _ in range(args.repeat + 1):
-        for run in runs:
-            run()
+    in_turn(runs, args.repeat)
     return {"rates": rates, "runs": [run.figures(rates[run.dtype]) for run in runs]}
 
 
-def build(cfg):
+def read_configs(args: argparse.Namespace) -> list:
+    """(name, config) of each model that makes proposals alone."""
+    configs = [(name, merged(model_zoo.get(name), args.opts)) for name in args.model]
+    for path in args.config_file:
+        configs.append((Path(path).stem, without_weights(setup(path, args.opts))))
+    if others := [name for name, cfg in configs if cfg.MODEL.META_ARCHITECTURE not in ALONE]:
+        sys.exit(f"{others} make no proposals alone, their MODEL.META_ARCHITECTURE is none of {ALONE}: see `detector`")
+    return configs
+
+
+def without_weights(cfg):
+    # Random ones: those that the config starts from may not be there.
+    cfg.MODEL.WEIGHTS = cfg.MODEL.TIMM.PRETRAINED = cfg.MODEL.SHARPMASK.TRUNK.PRETRAINED = ""
+    return cfg
+
+
+def build(cfg, dtype: str):
     model = Trainer.build_model(cfg)
     if cfg.MODEL.WEIGHTS:
         StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    # In this order: checkpoints hold the batch norms.
-    return fold_batch_norm(model).eval()
+    return prepare_for_inference(model, dtype)
 
 
 @torch.no_grad()
 def peak_above_model(cfg, count: int, dtype: str, image: torch.Tensor) -> float:
     """Most memory that two images take beside the loaded model, MB; for a process that has done nothing else."""
     cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = count
-    model = build(cfg)
+    keep_freed_memory()
+    model = build(cfg, dtype)
     forget_peak(model.device)
     loaded = peak_megabytes(model.device)
     for _ in range(2):
@@ -212,11 +248,178 @@ def merged(cfg, opts: list):
     return cfg
 
 
-def print_proposals(figures: dict) -> None:
+def print_runs(figures: dict) -> None:
     for dtype, rates in figures["rates"].items():
         print(f"{dtype}: " + ", ".join(f"{rate / 1e9:.0f} GFLOP/s by a {name}" for name, rate in rates.items()))
     rows = figures["runs"]
     print(tabulate([row.values() for row in rows], list(rows[0]), tablefmt="pipe", floatfmt=".3f"))
+
+
+class TrainingRun:
+    """One config, in one dtype: a training step timed run by run, on the same batch."""
+
+    def __init__(self, name: str, cfg, dtype: str, image_size: tuple):
+        self.name, self.dtype = name, dtype
+        torch.manual_seed(0)
+        self.model = Trainer.build_model(cfg).train()
+        self.optimizer = Trainer.build_optimizer(cfg, self.model)
+        image, objects = draw_image(*image_size), draw_objects(8, tuple(image_size), 80)
+        self.batch = [{"image": image, "instances": objects} for _ in range(cfg.SOLVER.IMS_PER_BATCH)]
+        self.patches = 0
+        if mapper := getattr(self.model, "mapper", None):
+            # Cut before: it is the loader's work.
+            self.batch = [
+                mapper.cut_instances(image, objects, np.random.default_rng(i)) for i in range(len(self.batch))
+            ]
+            self.patches = sum(len(item["patches"]) for item in self.batch)
+        # fvcore counts no backward pass.
+        with FlopCounterMode(display=False) as counted:
+            self._step()
+        self.operations = counted.get_total_flops()
+        self.laps = []
+
+    def __call__(self) -> None:
+        cuda = self.model.device.type == "cuda"
+        started = clock(cuda)
+        self._step()
+        self.laps.append(clock(cuda) - started)
+
+    def _step(self) -> None:
+        with EventStorage(), autocast(self.model.device, self.dtype):
+            loss = sum(self.model(self.batch).values())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def figures(self, rates: dict) -> dict:
+        seconds = statistics.median(self.laps[1:])
+        limit = self.operations / max(rates.values())
+        return {
+            "config": self.name,
+            "dtype": self.dtype,
+            "seconds per step": seconds,
+            "fastest": min(self.laps[1:]),
+            "slowest": max(self.laps[1:]),
+            "images per second": len(self.batch) / seconds,
+            "patches per second": self.patches / seconds,
+            "limit": limit,
+            "times the limit": seconds / limit,
+        }
+
+
+def benchmark_training(args: argparse.Namespace) -> dict:
+    configs = [(Path(path).stem, without_weights(setup(path, args.opts))) for path in args.config_file]
+    runs = [TrainingRun(name, cfg, dtype, args.image_size) for name, cfg in configs for dtype in args.dtype]
+    rates = {dtype: best_rates(runs[0].model.device, getattr(torch, dtype)) for dtype in args.dtype}
+    in_turn(runs, args.repeat)
+    return {"rates": rates, "runs": [run.figures(rates[run.dtype]) for run in runs]}
+
+
+def in_turn(runs: list, repeat: int) -> None:
+    # The first of each warms up.
+    for _ in range(repeat + 1):
+        for run in runs:
+            run()
+
+
+def benchmark_evaluation(args: argparse.Namespace) -> dict:
+    size = tuple(args.image_size)
+    truth = draw_objects(args.num_objects, size, 1)
+    rles = [mask_utils.encode(np.asfortranarray(mask.numpy().astype(np.uint8))) for mask in truth.gt_masks.tensor]
+    boxes, areas = truth.gt_boxes.tensor.double().numpy(), mask_utils.area(rles).astype(float)
+    objects = {"masks": rles, "boxes": np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)}
+    # Round masks in windows of all sizes, with some noise on their borders.
+    side = 160
+    steps = (torch.arange(side) + 0.5) / side - 0.5
+    blob = 8 * (0.3 - (steps[:, None] ** 2 + steps**2).sqrt())
+    logits = blob + 0.1 * torch.randn(args.num_proposals, side, side, generator=torch.Generator().manual_seed(0))
+    windows = draw_proposals(args.num_proposals, size).proposal_boxes.tensor
+    laps = {"runs and RLE": [], "masks against objects": [], "boxes against objects": []}
+    for _ in range(args.repeat + 1):
+        started = time.perf_counter()
+        found = WindowMasks(logits, windows, size)
+        masks = found.rle()
+        laps["runs and RLE"].append(time.perf_counter() - started)
+        corners = found.boxes().tensor.double().numpy()
+        results = {"masks": masks, "boxes": np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)}
+        for kind, regions in results.items():
+            started = time.perf_counter()
+            ground_truth = GroundTruth(objects[kind], areas=areas, is_crowd=np.zeros(len(areas), dtype=bool))
+            RecallAccumulator(max_proposals=len(masks)).add(1, ground_truth, regions, np.arange(len(masks)))
+            laps[f"{kind} against objects"].append(time.perf_counter() - started)
+    return {f"{name} (seconds)": statistics.median(seconds[1:]) for name, seconds in laps.items()}
+
+
+SIZES = ((240, 320), (360, 480), (480, 640), (720, 960), (960, 1280))
+COUNTS = (100, 250, 500, 1000, 2000)
+BATCHES = (1, 2, 4, 8)
+
+
+@torch.no_grad()
+def benchmark_growth(args: argparse.Namespace) -> dict:
+    curves = []
+    for name, cfg in read_configs(args):
+        model = build(cfg, args.dtype)
+        generator = getattr(model, "pyramid", None) or model.proposal_generator
+
+        def seconds(image_size=(480, 640), batch=1, model=model) -> float:
+            images = [{"image": draw_image(*image_size)}] * batch
+            laps = []
+            for _ in range(args.repeat + 1):
+                started = clock(model.device.type == "cuda")
+                with autocast(model.device, args.dtype):
+                    outputs = model(images)
+                for output in outputs:
+                    output["proposals"].proposal_masks.rle()
+                laps.append(clock(model.device.type == "cuda") - started)
+            return statistics.median(laps[1:]) / batch
+
+        curve = {"megapixels": [], "scales": [], "proposals": [], "images in a batch": []}
+        for size in SIZES:
+            curve["megapixels"].append((size[0] * size[1] / 1e6, seconds(image_size=size)))
+        # Of the pyramid's scales the largest come last; a feature pyramid has none.
+        scales = list(getattr(generator, "exponents", []))
+        for number in range(1, len(scales) + 1):
+            generator.exponents = scales[:number]
+            curve["scales"].append((number, seconds()))
+        most = generator.num_proposals
+        for generator.num_proposals in COUNTS:
+            curve["proposals"].append((generator.num_proposals, seconds()))
+        generator.num_proposals = most
+        for batch in BATCHES:
+            curve["images in a batch"].append((batch, seconds(batch=batch)))
+        curves.append({"model": name, "dtype": args.dtype, **curve})
+    if args.plot:
+        plot_growth(curves, args.plot)
+    return {"curves": curves}
+
+
+def plot_growth(curves: list, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    axes = [key for key in curves[0] if key not in ("model", "dtype")]
+    figure, panels = pyplot.subplots(1, len(axes), figsize=(3.2 * len(axes), 3), layout="constrained")
+    for axis, panel in zip(axes, panels):
+        for curve in curves:
+            if curve[axis]:
+                panel.plot(*zip(*curve[axis]), marker="o", markersize=3, label=curve["model"])
+        panel.set(xlabel=axis, ylim=(0, None))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("seconds per image")
+    panels[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def print_growth(figures: dict) -> None:
+    for curve in figures["curves"]:
+        for axis, points in curve.items():
+            if axis not in ("model", "dtype") and points:
+                values = ", ".join(f"{at:g}: {seconds:.3f}" for at, seconds in points)
+                print(f"{curve['model']}, {curve['dtype']}, seconds per image by {axis}: {values}")
 
 
 def benchmark_detector(args: argparse.Namespace) -> dict:
@@ -244,9 +447,7 @@ def benchmark_detector(args: argparse.Namespace) -> dict:
     figures["peak memory of an image (MB)"] = peak_megabytes(model.device)
     model.train()
     optimizer = Trainer.build_optimizer(cfg, model)
-    objects = Instances(size)
-    objects.gt_boxes = draw_proposals(8, size).proposal_boxes
-    objects.gt_classes = torch.arange(8) % cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    objects = draw_objects(8, size, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     batch = [{**inputs, "instances": objects} for _ in range(cfg.SOLVER.IMS_PER_BATCH)]
     if cfg.MODEL.LOAD_PROPOSALS:
         for item in batch:
@@ -268,57 +469,10 @@ def benchmark_detector(args: argparse.Namespace) -> dict:
     return figures
 
 
-def draw_proposals(count: int, size: tuple) -> Instances:
-    """Boxes of all sizes in an image of (height, width): the same for the same count and size."""
-    rng = np.random.default_rng(0)
-    height, width = size
-    sides = np.exp(rng.uniform(np.log(16), np.log(min(size)), (count, 2)))
-    corners = rng.uniform(0, 1, (count, 2)) * (np.array([width, height]) - sides)
-    proposals = Instances(size)
-    proposals.proposal_boxes = Boxes(torch.from_numpy(np.concatenate([corners, corners + sides], axis=1)).float())
-    proposals.objectness_logits = torch.linspace(2, -2, count)
-    return proposals
-
-
-def autocast(device: torch.device, dtype: str):
-    return torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-
-
 def clock(cuda: bool) -> float:
     if cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def peak_megabytes(device: torch.device) -> float:
-    """The most memory so far: of the process, or on a GPU what torch has allocated there."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not ru_maxrss: a process starts with that of the one that started it.
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
-    # macOS counts bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def forget_peak(device: torch.device) -> None:
-    """From now on, count from what is in use, not from what loading needed for a moment; on a CPU, Linux only."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def draw_image(height: int, width: int) -> torch.Tensor:
-    """(3, H, W) uint8 with structure of all sizes: the same for the same size."""
-    rng = np.random.default_rng(0)
-    image = np.zeros((height, width, 3), np.float32)
-    for cells in (2, 5, 12, 40):
-        noise = rng.uniform(0, 64, (cells, cells, 3)).astype(np.float32)
-        image += cv2.resize(noise, (width, height), interpolation=cv2.INTER_NEAREST)
-    return torch.from_numpy(image.astype(np.uint8).transpose(2, 0, 1).copy())
 
 
 def print_figures(figures: dict) -> None:
@@ -330,10 +484,14 @@ def main() -> None:
     args = parse_args()
     commands = {
         "sampler": (benchmark_sampler, print_figures),
-        "proposals": (benchmark_proposals, print_proposals),
+        "proposals": (benchmark_proposals, print_runs),
+        "growth": (benchmark_growth, print_growth),
+        "evaluation": (benchmark_evaluation, print_figures),
+        "training": (benchmark_training, print_runs),
         "detector": (benchmark_detector, print_figures),
     }
     measure, show = commands[args.command]
+    keep_freed_memory()
     figures = measure(args)
     print(f"{torch.get_num_threads()} thread(s)")
     show(figures)

@@ -76,13 +76,13 @@ class FeatureTable:
         columns, rows = torch.minimum(cells.clamp(min=0), sides - 1).unbind(1)
         first = self.first[levels] + images * self.heights[levels] * self.widths[levels]
         rows = first[:, None, None] + rows * self.widths[levels, None, None]
-        # The four cells around every sample: N x M x M x 2 x 2.
-        numbers = rows[:, :, None, :, None] + columns[:, None, :, None]
-        weights = weights[:, 1, :, None, :, None] * weights[:, 0, None, :, None]
+        # The four cells around every sample, N x M x M x 4; in one dimension, as loops over two values are slow.
+        numbers = rows.repeat_interleave(2, dim=2)[:, :, None] + columns.repeat(1, 1, 2)[:, None]
+        weights = weights[:, 1].repeat_interleave(2, dim=2)[:, :, None] * weights[:, 0].repeat(1, 1, 2)[:, None]
         sampled = F.embedding_bag(
-            numbers.reshape(-1, 4),
+            numbers.view(-1, 4),
             self.rows,
-            per_sample_weights=weights.reshape(-1, 4).to(self.rows.dtype),
+            per_sample_weights=weights.view(-1, 4).to(self.rows.dtype),
             mode="sum",
         )
         return sampled.view(len(windows), size, size, self.rows.shape[1]).permute(0, 3, 1, 2)

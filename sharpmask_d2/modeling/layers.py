@@ -27,7 +27,9 @@ def mirror_pad(x: Tensor, padding: tuple) -> Tensor:
 
 def _mirror(x: Tensor, padding: tuple) -> Tensor:
     if max(padding) == 1:
-        return F.pad(x, padding, mode="replicate")
+        # On a CPU, autocast would do this in float32.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.pad(x, padding, mode="replicate")
     left, right, top, bottom = padding
     x = torch.cat([x[..., :left].flip(3), x, x[..., x.shape[3] - right :].flip(3)], dim=3)
     return torch.cat([x[:, :, :top].flip(2), x, x[:, :, x.shape[2] - bottom :].flip(2)], dim=2)
@@ -52,19 +54,23 @@ def conv_upsampled(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
     Args:
         x: (B, C, H, W).
-        conv: 3x3, stride 1, zero padding 1, with a bias.
+        conv: 3x3, stride 1, with a bias and a border of one cell: of zeros, or mirrored (`MirroredConv2d`).
 
     Returns:
-        (B, C', 2 H, 2 W).
+        (B, C', 2 H, 2 W), channels last in memory.
     """
-    taps = x.new_tensor(_UPSAMPLED_TAPS)
-    weight = torch.einsum("apy,bqx,oiyx->oabipq", taps, taps, conv.weight.to(x.dtype)).flatten(0, 2)
-    bias = conv.bias.repeat_interleave(4)
-    outputs = F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), bias, padding=1).unflatten(
-        1, (-1, 2, 2)
+    taps = conv.weight.new_tensor(_UPSAMPLED_TAPS)
+    # The four outputs before the channels, so that what is rearranged below are whole pixels.
+    weight = torch.einsum("apy,bqx,oiyx->aboipq", taps, taps, conv.weight).flatten(0, 2)
+    mirrored = isinstance(conv, MirroredConv2d)
+    outputs = F.conv2d(
+        mirror_pad(x, conv.border) if mirrored else x,
+        weight.to(x.dtype).contiguous(memory_format=torch.channels_last),
+        conv.bias.repeat(4).to(x.dtype),
+        padding=0 if mirrored else 1,
     )
-    # F.pixel_shuffle's gradient fails for an empty batch.
-    return outputs.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+    pixels = outputs.permute(0, 2, 3, 1).unflatten(3, (2, -1)).transpose(2, 3)
+    return pixels.flatten(1, 2).unflatten(3, (2, -1)).flatten(2, 3).permute(0, 3, 1, 2)
 
 
 # For both outputs along an axis and each of the cells before, at and after theirs: which taps of the kernel fall on that cell.

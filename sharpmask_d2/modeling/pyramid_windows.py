@@ -6,6 +6,7 @@ Shape letters: L levels, D kinds of windows (numbers of cells), T windows of an 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import nms
 
@@ -78,19 +79,31 @@ class PyramidWindows:
         return torch.cat([centres - half, centres + half], dim=1)
 
 
-def spread(windows: Tensor, scores: Tensor, thresh: float) -> Tensor:
-    """An order of windows in which those beside a better one step back, so that the first show more objects.
+def spread(windows: Tensor, scores: Tensor, thresh: float, count: int) -> Tensor:
+    """The first of an order of windows in which those beside a better one step back, so that the first show more objects.
 
     Args:
         windows: (N, 4) XYXY, highest score first.
         scores: (N,).
         thresh: IoU with a better window, which has not stepped back itself, from which a window does; 1 leaves the order as it is.
+        count: how many are asked for.
 
     Returns:
-        (N,) int64: numbers of windows, first those that stay, then the others, both by score.
+        (min(count, N),) int64: numbers of windows, first those that stay, then the others, both by score.
     """
     if thresh >= 1:
-        return torch.arange(len(windows), device=windows.device)
+        return torch.arange(min(count, len(windows)), device=windows.device)
     stays = torch.zeros(len(windows), dtype=torch.bool, device=windows.device)
-    stays[nms(windows, scores, thresh)] = True
-    return torch.cat([stays.nonzero()[:, 0], (~stays).nonzero()[:, 0]])
+    for number in _alike(windows, thresh):
+        stays[number[nms(windows[number], scores[number], thresh)]] = True
+    return torch.cat([stays.nonzero()[:, 0], (~stays).nonzero()[:, 0]])[:count]
+
+
+def _alike(windows: Tensor, thresh: float) -> list:
+    """Numbers of the windows in groups; those of two groups differ too much in area for an IoU above the threshold."""
+    areas, kinds = ((windows[:, 2] - windows[:, 0]) * (windows[:, 3] - windows[:, 1])).unique(return_inverse=True)
+    # Rounding must not tell windows apart.
+    apart = areas[:-1] < 0.999 * thresh * areas[1:]
+    groups = F.pad(apart.long().cumsum(0), (1, 0))[kinds] if len(areas) else kinds
+    order = groups.argsort(stable=True)
+    return list(order.split(torch.bincount(groups).tolist()))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from .layers import MirroredConv2d
+from .layers import MirroredConv2d, conv_upsampled
 
 # Width of the first convolution on the skip path, as released; a stride-2 feature gets half.
 _SKIP_WIDTH = 64
@@ -91,21 +91,30 @@ class RefinementModule(nn.Module):
     def forward(self, encoding: Tensor, skip: Tensor) -> Tensor:
         """
         Args:
-            encoding: (N, k, m, m), M.
+            encoding: (N, k, m, m), M; or of half the side: what the module before gave, upsampled here.
             skip: (N, *, m, m), what `horizontal` made of F.
 
         Returns:
-            (N, k', 2m, 2m).
+            (N, k', m, m), not yet upsampled.
         """
+        layers = list(self.vertical)
+        if encoding.shape[-1] < skip.shape[-1]:
+            encoding = _upsample(encoding, self.upsampling, then=layers.pop(0) if layers else None)
+        for layer in layers:
+            encoding = layer(encoding)
         if self.form == "concatenated":
-            summed = self.joint(torch.cat([self.vertical(encoding), skip], dim=1))
+            summed = self.joint(torch.cat([encoding, skip], dim=1))
         else:
-            summed = self.vertical(encoding) + skip
-        return _upsample(summed.relu_(), self.upsampling)
+            summed = encoding + skip
+        return summed.relu_()
 
 
-def _upsample(x: Tensor, mode: str) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode=mode, **({"align_corners": False} if mode == "bilinear" else {}))
+def _upsample(x: Tensor, mode: str, then=None) -> Tensor:
+    """x (N, k, m, m) to (N, *, 2m, 2m), which the convolution `then` reads; by nearest neighbours it reads x itself."""
+    if then is not None and mode == "nearest":
+        return conv_upsampled(x, then)
+    x = F.interpolate(x, scale_factor=2, mode=mode, **({"align_corners": False} if mode == "bilinear" else {}))
+    return x if then is None else then(x)
 
 
 @torch.no_grad()
@@ -183,7 +192,7 @@ class SharpMaskRefinement(_FromEmbedding):
             RefinementModule(feature, k, k_next, form=form, **options)
             for feature, k, k_next in zip(features.values(), widths, widths[1:])
         )
-        self.to_mask = _conv3x3(widths[-1], 1)
+        self.to_mask, self.upsampling = _conv3x3(widths[-1], 1), upsampling
 
     def horizontal(self, features: dict) -> list:
         """Run the skip path, once per image.
@@ -208,7 +217,7 @@ class SharpMaskRefinement(_FromEmbedding):
         encoding = self.first(embeddings)
         for module, skip in zip(self.steps, skips):
             encoding = module(encoding, skip)
-        return self.to_mask(encoding)[:, 0]
+        return _upsample(encoding, self.upsampling, then=self.to_mask)[:, 0]
 
 
 class SkipRefinement(_FromEmbedding):

@@ -212,8 +212,9 @@ class SharpMaskNetwork(nn.Module):
         masks = []
         for chosen in zip(*(index.split(windows_per_batch) for index in (images, ys, xs))):
             image, y, x = chosen
-            # Indices around a slice put the window first: N x C x m x m.
-            masks.append(self.mask_branch(grid.embeddings[image, :, y, x], [cut[image, :, y, x] for cut in cuts]))
+            skips = [cut[image, y, x].permute(0, 3, 1, 2) for cut in cuts]
+            # Indices around a slice put the window first: N x E.
+            masks.append(self.mask_branch(grid.embeddings[image, :, y, x], skips))
         if not masks:
             return grid.scores.new_zeros((0, self.mask_branch.mask_size, self.mask_branch.mask_size))
         return torch.cat(masks)
@@ -249,12 +250,13 @@ def evaluating(module: nn.Module):
 
 
 def _window_view(x: Tensor, size: int, step: int, grid_size: tuple) -> Tensor:
-    """(B, C, h, w) -> a view (B, C, Y, X, size, size): the part of the map under every window."""
+    """(B, C, h, w) -> a view (B, Y, X, size, size, C): the part of the map under every window, whose rows lie together in memory."""
     short = [max(0, step * (cells - 1) + size - side) for cells, side in zip(grid_size, x.shape[2:])]
     if any(short):
         # The coarse grid covers up to a stride more than the image has; that part is border, and empty as in the released code.
         x = F.pad(x, (0, short[1], 0, short[0]))
-    return x.unfold(2, size, step).unfold(3, size, step)
+    windows = x.unfold(2, size, step).unfold(3, size, step)  # B, C, Y, X, size, size
+    return windows.permute(0, 2, 3, 4, 5, 1)
 
 
 def check_window_size(window_size: int, context: int, stride: int) -> None:

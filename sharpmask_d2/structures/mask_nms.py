@@ -25,11 +25,20 @@ def mask_overlaps(masks: WindowMasks) -> Tensor:
     height, width = masks.image_size
     factor = min(1.0, _REDUCED_SIDE / max(height, width))
     size = max(1, round(height * factor)), max(1, round(width * factor))
-    bitmaps = masks.scale(size[1] / width, size[0] / height, size).paste().flatten(1).float()  # N x hw
-    intersection = bitmaps @ bitmaps.T
+    intersection = _common_pixels(masks.scale(size[1] / width, size[0] / height, size).pixels())
     areas = intersection.diagonal()
     union = areas[:, None] + areas - intersection
     return torch.where(union > 0, intersection / union.clamp(min=1), 0.0)
+
+
+def _common_pixels(bitmaps: Tensor) -> Tensor:
+    """(N, hw) of 0 and 1, int8, to how many ones each pair shares, (N, N) float32."""
+    if bitmaps.device.type == "cpu" and len(bitmaps):
+        # Ten times as fast there as in float32, and as exact.
+        return torch._int_mm(bitmaps, bitmaps.T).float()
+    # Under autocast the numbers would be rounded.
+    with torch.autocast(bitmaps.device.type, enabled=False):
+        return bitmaps.float() @ bitmaps.T.float()
 
 
 def matrix_nms(scores: Tensor, overlaps: Tensor, *, sigma: float = 2.0) -> Tensor:

@@ -7,11 +7,11 @@ Shape letters:
 Positions are column-major, as in COCO: pixel (row y, column x) has position x * H + y.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import torch
 
-__all__ = ["Runs", "boxes_and_areas", "encode_runs", "fill_runs"]
+__all__ = ["Runs", "boxes_and_areas", "encode_runs", "fill_positions", "fill_runs"]
 
 
 class Runs(NamedTuple):
@@ -26,6 +26,13 @@ class Runs(NamedTuple):
     starts: torch.Tensor
     ends: torch.Tensor
     per_mask: torch.Tensor
+
+    def select(self, item: Union[slice, torch.Tensor, list]) -> "Runs":
+        """Runs of the masks that a slice, a bool or a long tensor or a list of numbers chooses, in its order."""
+        begins, per_mask = (self.per_mask.cumsum(0) - self.per_mask)[item], self.per_mask[item]
+        shifts = torch.repeat_interleave(begins - per_mask.cumsum(0) + per_mask, per_mask)
+        index = torch.arange(len(shifts), device=shifts.device) + shifts
+        return Runs(self.starts[index], self.ends[index], per_mask)
 
     def owners(self) -> torch.Tensor:
         """(R,) long, the mask each run belongs to."""
@@ -52,13 +59,18 @@ def boxes_and_areas(runs: Runs, height: int) -> tuple[torch.Tensor, torch.Tensor
 def fill_runs(runs: Runs, image_size: tuple[int, int]) -> torch.Tensor:
     """Bitmaps, (N, H, W) bool."""
     height, width = image_size
-    num_masks, length = len(runs.per_mask), height * width
+    inside = fill_positions(runs, height * width)
+    return inside.reshape(len(inside), width, height).transpose(1, 2).bool().contiguous()
+
+
+def fill_positions(runs: Runs, length: int) -> torch.Tensor:
+    """Bitmaps as rows of positions, (N, `length`) int8 of 0 and 1."""
+    num_masks = len(runs.per_mask)
     steps = torch.zeros(num_masks * (length + 1), dtype=torch.int8, device=runs.starts.device)
     base = runs.owners() * (length + 1)
     one = torch.ones_like(base, dtype=torch.int8)
     steps.index_add_(0, base + runs.starts, one).index_add_(0, base + runs.ends, -one)  # touching runs cancel
-    inside = steps.view(num_masks, length + 1).cumsum(1, dtype=torch.int8)[:, :length]
-    return inside.reshape(num_masks, width, height).transpose(1, 2).bool().contiguous()
+    return steps.view(num_masks, length + 1).cumsum(1, dtype=torch.int8)[:, :length]
 
 
 def encode_runs(runs: Runs, image_size: tuple[int, int]) -> list[dict]:

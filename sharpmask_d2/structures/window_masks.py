@@ -20,7 +20,7 @@ from typing import NamedTuple, Union
 import torch
 from detectron2.structures import Boxes
 
-from .rle import Runs, boxes_and_areas, encode_runs, fill_runs
+from .rle import Runs, boxes_and_areas, encode_runs, fill_positions, fill_runs
 
 __all__ = ["WindowMasks"]
 
@@ -30,7 +30,8 @@ CHUNK_DEVICE = 2**24
 
 
 class WindowMasks:
-    """N window masks of one image; a field of :class:`detectron2.structures.Instances`.
+    """N window masks of one image; a field of :class:`detectron2.structures.Instances`. Not to be changed in place: what the masks are in
+    pixels is found once, when first asked for.
 
     The pixel in row r and column c belongs to mask n if its centre (c + 0.5, r + 0.5) lies in the image and in window n
     (left and top edges included, right and bottom ones not) and the logit interpolated there is above the threshold.
@@ -81,6 +82,7 @@ class WindowMasks:
         self.windows = windows if windows.is_floating_point() else windows.float()
         self.image_size = (height, width)
         self.threshold = float(threshold)
+        self._known_runs = None
 
     # ------------------------------------------------------------------ a field of Instances
 
@@ -93,7 +95,10 @@ class WindowMasks:
             if not -len(self) <= item < len(self):
                 raise IndexError(f"index {item} is out of range for {len(self)} window masks")
             item = [int(item)]
-        return self._like(self.logits[item], self.windows[item])
+        chosen = self._like(self.logits[item], self.windows[item])
+        if self._known_runs is not None:
+            chosen._known_runs = self._known_runs.select(item)
+        return chosen
 
     def __repr__(self) -> str:
         height, width = self.image_size
@@ -107,7 +112,10 @@ class WindowMasks:
         return self.logits.device
 
     def to(self, device: Union[str, torch.device]) -> "WindowMasks":
-        return self._like(self.logits.to(device), self.windows.to(device))
+        moved = self._like(self.logits.to(device), self.windows.to(device))
+        if self._known_runs is not None:
+            moved._known_runs = Runs(*(x.to(device) for x in self._known_runs))
+        return moved
 
     @staticmethod
     def cat(masks: Sequence["WindowMasks"]) -> "WindowMasks":
@@ -187,33 +195,40 @@ class WindowMasks:
         chosen = self if indices is None else self[indices]
         return fill_runs(chosen._runs(), self.image_size)
 
-    @torch.no_grad()
+    def pixels(self) -> torch.Tensor:
+        """The same as rows of all pixels, column by column as in COCO: (N, W * H) int8 of 0 and 1."""
+        height, width = self.image_size
+        return fill_positions(self._runs(), height * width)
+
     def _runs(self) -> Runs:
-        """The foreground of all masks as runs of pixels in image columns."""
+        """The foreground of all masks as runs of pixels in image columns; found once."""
+        if self._known_runs is None:
+            self._known_runs = self._find_runs()
+        return self._known_runs
+
+    @torch.no_grad()
+    def _find_runs(self) -> Runs:
         # As float32, so that every comparison and every crossing uses the same number.
         threshold = float(torch.tensor(self.threshold, dtype=torch.float32))
         active, parts = _foreground_parts(self.logits, self.windows, self.image_size, threshold)
         side = self.logits.shape[-1]
         order = parts.num_rows.argsort()  # windows of a chunk share G
         active, parts = active[order], parts.select(order)
-        starts, ends, per_mask = [], [], []
+        edges = []
         chunk = CHUNK_CPU if self.device.type == "cpu" else CHUNK_DEVICE
         for span in _chunks(parts.num_rows, (parts.col_hi - parts.col_lo).clamp(min=side), chunk):
             values, owners, columns = _columns(self.logits, active[span], parts.select(span))
-            runs = _crossings(values, owners, columns, parts.select(span), threshold, self.image_size[0])
-            starts.append(runs.starts)
-            ends.append(runs.ends)
-            per_mask.append(runs.per_mask)
+            edges.append(_edges(values, owners + span.start, columns, threshold))
         counts = active.new_zeros(len(self))
-        if not starts:
+        if not edges:
             return Runs(active.new_zeros(0), active.new_zeros(0), counts)
-        per_mask = torch.cat(per_mask)
+        edges = _Edges(*(torch.cat(field) for field in zip(*edges)))
+        starts, ends, per_mask = _crossings(edges, parts, threshold, self.image_size[0])
         counts[active] = per_mask
         # From the order of the chunks to that of the masks: a shift per mask, no sort of the runs.
         shifts = active.new_zeros(len(self))
         shifts[active] = per_mask.cumsum(0) - per_mask
         shifts -= counts.cumsum(0) - counts
-        starts, ends = torch.cat(starts), torch.cat(ends)
         index = torch.arange(len(starts), device=self.device)
         index += torch.repeat_interleave(shifts, counts, output_size=len(starts))
         return Runs(starts[index], ends[index], counts)
@@ -243,8 +258,8 @@ def _foreground_parts(
     """Windows that can have foreground pixels, (B,) long, and where these can be."""
     height, width = image_size
     side = logits.shape[-1]
-    columns = _extent(logits.amax(1).float() > threshold)
-    rows = _extent(logits.amax(2).float() > threshold)
+    columns = _extent(_greatest(logits, 1).float() > threshold)
+    rows = _extent(_greatest(logits, 2).float() > threshold)
     x0, y0, x1, y1 = windows.double().unbind(1)  # double: pixel ranges are exact
     cell_w, cell_h = (x1 - x0) / side, (y1 - y0) / side
     col_lo, col_hi = _pixel_range(x0, x1, cell_w, columns, side, width)
@@ -258,6 +273,13 @@ def _foreground_parts(
     grid_hi = ((row_hi - 0.5 - y0) / cell_h - 0.5).floor().add(1).clamp(0, side - 1).long()
     num_rows = grid_hi - grid_lo + 1
     return active, _Parts(col_lo, col_hi, row_lo, row_hi, grid_lo, num_rows, x0, y0, cell_w, cell_h)
+
+
+def _greatest(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """x.amax(dim), by halves: on a CPU bfloat16 is compared fast and reduced slowly."""
+    while x.shape[dim] % 2 == 0:
+        x = torch.maximum(*x.chunk(2, dim))
+    return x.amax(dim)
 
 
 def _extent(filled: torch.Tensor) -> torch.Tensor:
@@ -331,28 +353,41 @@ def _columns(
     return values, owners, columns
 
 
-def _crossings(
-    values: torch.Tensor, owners: torch.Tensor, columns: torch.Tensor, parts: _Parts, threshold: float, height: int
-) -> Runs:
-    """Runs of pixels above the threshold in the columns of a chunk: shapes as _columns() returns them."""
+class _Edges(NamedTuple):
+    """Where columns enter and leave the foreground, in turn, all tensors (E,)."""
+
+    knot: torch.Tensor  # long, the knot after the edge, of 0 .. G
+    last: torch.Tensor  # bool, whether it is after the column's last knot
+    before: torch.Tensor  # float32, value at the knot before the edge
+    after: torch.Tensor  # float32, value at the knot after it
+    owner: torch.Tensor  # long, which part
+    column: torch.Tensor  # long, in the image
+
+
+def _edges(values: torch.Tensor, owners: torch.Tensor, columns: torch.Tensor, threshold: float) -> _Edges:
+    """The edges of a chunk: shapes as _columns() returns them."""
     num_columns, num_rows = values.shape
     # A background knot before each column and one at the very end: entering and leaving alternate along the whole.
     above = torch.zeros(num_columns * (num_rows + 1) + 1, dtype=torch.bool, device=values.device)
     torch.gt(values, threshold, out=above[:-1].view(num_columns, num_rows + 1)[:, 1:])
-    edges = (above[1:] != above[:-1]).nonzero()[:, 0]  # (E,)
+    edges = (above[1:] != above[:-1]).nonzero()[:, 0]
     column = torch.div(edges, num_rows + 1, rounding_mode="floor")
-    knot = edges - column * (num_rows + 1)  # the edge is between knots knot - 1 and knot
+    knot = edges - column * (num_rows + 1)
     after = edges - column  # position of that knot in values
     flat = values.view(-1)
-    a = flat[(after - 1).clamp_(min=0)].double()
-    b = flat[after.clamp_(max=len(flat) - 1)].double()
-    owner = owners[column]
-    fraction = (threshold - a) / (b - a)
-    row = (parts.y0 + (parts.grid_lo - 0.5) * parts.cell_h - 0.5)[owner] + (knot + fraction) * parts.cell_h[owner]
-    row[knot == 0] = -math.inf  # above the first and below the last knot the outermost cells continue
-    row[knot == num_rows] = math.inf
+    before, after = flat[(after - 1).clamp_(min=0)], flat[after.clamp_(max=len(flat) - 1)]
+    return _Edges(knot, knot == num_rows, before, after, owners[column], columns[column])
+
+
+def _crossings(edges: _Edges, parts: _Parts, threshold: float, height: int) -> Runs:
+    """Runs of pixels above the threshold, in the order of the edges, which is that of the parts."""
+    before, owner = edges.before.double(), edges.owner
+    fraction = (threshold - before) / (edges.after.double() - before)
+    row = (parts.y0 + (parts.grid_lo - 0.5) * parts.cell_h - 0.5)[owner] + (edges.knot + fraction) * parts.cell_h[owner]
+    # Above the first and below the last knot the outermost cells continue.
+    row = torch.where(edges.knot == 0, -math.inf, torch.where(edges.last, math.inf, row))
     enter, leave = row[0::2].floor() + 1, row[1::2].ceil()  # rows whose centre is strictly between the crossings
-    owner, column = owner[0::2], columns[column[0::2]]
+    owner, column = owner[0::2], edges.column[0::2]
     enter = torch.maximum(enter, parts.row_lo[owner].double()).long()
     leave = torch.minimum(leave, parts.row_hi[owner].double()).long()
     keep = leave > enter

@@ -260,7 +260,7 @@ class SharpMaskFPN(nn.Module):
     ) -> Instances:
         candidates = pyramid.scores[number].topk(min(_CANDIDATES * self.num_proposals, pyramid.scores.shape[1])).indices
         windows = self.geometry.windows(self.geometry.cells(candidates, pyramid.sizes))
-        order = spread(windows, pyramid.scores[number, candidates], self.window_nms_thresh)[: self.num_proposals]
+        order = spread(windows, pyramid.scores[number, candidates], self.window_nms_thresh, self.num_proposals)
         scores, cells = pyramid.scores[number, candidates[order]], self.geometry.cells(candidates[order], pyramid.sizes)
         by_kind = cells.kinds.argsort(stable=True)
         scores, cells = scores[by_kind], cells.take(by_kind)
