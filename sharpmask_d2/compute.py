@@ -140,6 +140,7 @@ def compute_proposals(
     pkl: Optional[str] = None,
     pkl_masks: bool = False,
     dtype: str = "float32",
+    compiled: bool = False,
     **config,
 ) -> int:
     """Compute proposals of images and write them; see tools/compute_proposals.py.
@@ -151,7 +152,7 @@ def compute_proposals(
         visualize: folder for pictures.
         pkl: pickle to write.
         pkl_masks: with the masks.
-        dtype: see `ProposalPredictor`.
+        dtype, compiled: see `ProposalPredictor`.
         config: see `build_config`.
 
     Returns:
@@ -162,7 +163,7 @@ def compute_proposals(
     cfg = build_config(**config)
     inputs = [str(image.path) for image in images]
     writer = ProposalWriter(output, {"config": cfg.MODEL.dump(), "input": [cfg.INPUT.FORMAT, *inputs], "dtype": dtype})
-    predictor = ProposalPredictor(cfg, dtype=dtype)
+    predictor = ProposalPredictor(cfg, dtype=dtype, compiled=compiled)
     if visualize:
         Path(visualize).mkdir(parents=True, exist_ok=True)
 

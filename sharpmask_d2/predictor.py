@@ -21,11 +21,12 @@ class ProposalPredictor:
     proposals = predictor(cv2.imread("photograph.jpg"))
     """
 
-    def __init__(self, cfg: CfgNode, *, dtype: str = "float32"):
+    def __init__(self, cfg: CfgNode, *, dtype: str = "float32", compiled: bool = False):
         """
         Args:
             cfg: a config of the stand-alone network; MODEL.WEIGHTS is loaded, or weights stay random where it is empty.
             dtype: "float32", or "bfloat16" where the hardware has it: faster, and a little less exact.
+            compiled: see `modeling.inference.prepare_for_inference`.
 
         Raises:
             ValueError: another architecture or dtype, or weights that lack parameters of the model; the message names them.
@@ -35,7 +36,7 @@ class ProposalPredictor:
                 f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: a predictor of proposals needs one of {ALONE}"
             )
         self.cfg, self.dtype = cfg, dtype
-        self.model, self.resize = _build(cfg, dtype)
+        self.model, self.resize = _build(cfg, dtype, compiled)
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> Instances:
@@ -102,12 +103,12 @@ def _check_image(image: np.ndarray) -> None:
         raise ValueError(f"expected a colour image of shape (height, width, 3), got {image.shape}")
 
 
-def _build(cfg: CfgNode, dtype: str = "float32") -> tuple:
+def _build(cfg: CfgNode, dtype: str = "float32", compiled: bool = False) -> tuple:
     """The model with its weights, random where MODEL.WEIGHTS is empty, ready to run; and what resizes its images."""
     model = Trainer.build_model(cfg)
     if cfg.MODEL.WEIGHTS:
         StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    return prepare_for_inference(model, dtype), ResizeShortestEdge(
+    return prepare_for_inference(model, dtype, compiled=compiled), ResizeShortestEdge(
         [cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST
     )
 

@@ -9,10 +9,11 @@ import runpy
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 from sharpmask_d2 import model_zoo
-from sharpmask_d2.benchmark import STAGES, StageClock, best_rates, count_operations
+from sharpmask_d2.benchmark import STAGES, StageClock, best_rates, count_operations, draw_objects
 from sharpmask_d2.benchmark import stages as stages_module
 from sharpmask_d2.engine import Trainer
 from torch import nn
@@ -132,3 +133,66 @@ def test_a_detector_is_told_where_it_belongs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "proposals", "--model", "multipath_lite0"])
     with pytest.raises(SystemExit, match=r"\['multipath_lite0'\] make no proposals alone"):
         runpy.run_path(str(TOOL), run_name="__main__")
+
+
+def run_tool(monkeypatch, tmp_path, *arguments) -> dict:
+    output = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments), "--output", str(output), "--repeat", "1"])
+    runpy.run_path(str(TOOL), run_name="__main__")
+    return json.loads(output.read_text())
+
+
+def test_the_tool_measures_training_steps(tiny_cfg, tmp_path, monkeypatch):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(tiny_cfg.dump())
+    arguments = ["training", "--config-file", config, "--image-size", 96, 128]
+    figures = run_tool(monkeypatch, tmp_path, *arguments)
+    (run,) = figures["runs"]
+    images = tiny_cfg.SOLVER.IMS_PER_BATCH
+    patches = images * tiny_cfg.MODEL.SHARPMASK.SAMPLING.PATCHES_PER_IMAGE
+    assert run["images per second"] == pytest.approx(images / run["seconds per step"])
+    assert run["patches per second"] == pytest.approx(patches / run["seconds per step"])
+    assert run["limit"] > 0
+    # The operations are those of three forward passes of the same patches.
+    model = Trainer.build_model(tiny_cfg)
+    side = tiny_cfg.MODEL.SHARPMASK.WINDOW_SIZE + tiny_cfg.MODEL.SHARPMASK.CONTEXT
+    forward = count_operations(model.eval(), ([{"patches": torch.zeros(patches, 3, side, side)}],))
+    assert run["limit"] * max(figures["rates"]["float32"].values()) == pytest.approx(3 * forward)
+
+
+def test_the_tool_measures_evaluation(tmp_path, monkeypatch):
+    figures = run_tool(monkeypatch, tmp_path, "evaluation", "--num-proposals", 20, "--image-size", 60, 80)
+    assert len(figures) == 3
+    assert all(seconds > 0 for seconds in figures.values())
+
+
+def test_the_tool_draws_how_time_grows(tiny_cfg, tmp_path, monkeypatch):
+    config, picture = tmp_path / "tiny.yaml", tmp_path / "growth.png"
+    config.write_text(tiny_cfg.dump())
+    tool = runpy.run_path(str(TOOL))
+    for name, value in {"SIZES": ((48, 64), (96, 128)), "COUNTS": (3, 5), "BATCHES": (1, 2)}.items():
+        monkeypatch.setitem(tool["parse_args"].__globals__, name, value)
+    arguments = ["growth", "--config-file", str(config), "--plot", str(picture), "--repeat", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    (curve,) = tool["benchmark_growth"](tool["parse_args"]())["curves"]
+    points = {
+        axis: [at for at, _ in curve[axis]] for axis in ("megapixels", "scales", "proposals", "images in a batch")
+    }
+    scales = list(range(1, len(tiny_cfg.MODEL.SHARPMASK.TEST.SCALES) + 1))
+    assert points == {
+        "megapixels": [0.003072, 0.012288],
+        "scales": scales,
+        "proposals": [3, 5],
+        "images in a batch": [1, 2],
+    }
+    assert cv2.imread(str(picture)).shape[1] > 1000
+
+
+def test_drawn_objects_fill_their_boxes():
+    objects = draw_objects(5, (60, 80), 3)
+    assert objects.gt_classes.tolist() == [0, 1, 2, 0, 1]
+    tight = objects.gt_masks.get_bounding_boxes().tensor
+    assert (tight - objects.gt_boxes.tensor).abs().max() <= 1
+    # An ellipse has pi / 4 of its box.
+    share = objects.gt_masks.tensor.sum(dim=(1, 2)) / objects.gt_boxes.area()
+    assert (share - 0.785).abs().max() < 0.05

@@ -3,6 +3,7 @@
 import json
 import pickle
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -269,6 +270,21 @@ def test_casting_the_weights_before_is_what_autocast_does(tiny_cfg):
     assert torch.equal(found.objectness_logits, expected.objectness_logits)
     logits, reference = found.proposal_masks.logits.float(), expected.proposal_masks.logits.float()
     assert (logits - reference).abs().max() <= 0.02 * reference.abs().max()
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
+def test_a_compiled_model_gives_the_same_proposals(tiny_cfg):
+    torch.manual_seed(0)
+    model = fold_batch_norm(build_model(tiny_cfg).eval())
+    generator = torch.Generator().manual_seed(0)
+    inputs = [[{"image": torch.rand(3, *size, generator=generator) * 255}] for size in ((60, 80), (96, 64))]
+    with torch.no_grad():
+        expected = [model(images)[0]["proposals"] for images in inputs]
+        prepare_for_inference(model, compiled=True)
+        found = [model(images)[0]["proposals"] for images in inputs]
+    assert "forward" in vars(model.pyramid.network.trunk)
+    for plain, compiled in zip(expected, found):
+        torch.testing.assert_close(compiled.objectness_logits, plain.objectness_logits, atol=1e-4, rtol=1e-4)
 
 
 def test_unknown_dtypes_are_answered_with_those_there_are(tiny_cfg):

@@ -17,6 +17,7 @@ Set OMP_NUM_THREADS for the number of threads; `sampler` uses one process and on
 """
 
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -80,6 +81,9 @@ def parse_args() -> argparse.Namespace:
         )
     for command in (proposals, training):
         command.add_argument("--dtype", nargs="+", default=["float32"], **dtypes)
+    proposals.add_argument(
+        "--compile", action="store_true", dest="compiled", help="also measure each with its trunk compiled"
+    )
     growth.add_argument("--plot", help="draw the curves into this picture")
     growth.add_argument("--dtype", default="float32", **dtypes)
     evaluation.add_argument("--num-proposals", type=int, default=1000)
@@ -157,6 +161,13 @@ class ProposalRun:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
             self.peak = fresh.submit(peak_above_model, cfg.clone(), num_proposals, dtype, image).result()
 
+    def compiled(self, model) -> "ProposalRun":
+        """The same with a compiled model, whose operations and memory are taken for those of the plain one."""
+        run = copy.copy(self)
+        run.name, run.model, run.laps, run.counts = f"{self.name}, compiled", model, [], []
+        run.generator = getattr(model, "pyramid", None) or model.proposal_generator
+        return run
+
     @torch.no_grad()
     def __call__(self) -> None:
         self.generator.num_proposals = self.num_proposals
@@ -199,6 +210,8 @@ def benchmark_proposals(args: argparse.Namespace) -> dict:
             for count in args.num_proposals:
                 count = count or cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS
                 runs.append(ProposalRun(name, cfg, model, count, dtype, image))
+                if args.compiled:
+                    runs.append(runs[-1].compiled(build(cfg, dtype, compiled=True)))
     rates = {dtype: best_rates(model.device, getattr(torch, dtype)) for dtype in args.dtype}
     in_turn(runs, args.repeat)
     return {"rates": rates, "runs": [run.figures(rates[run.dtype]) for run in runs]}
@@ -220,11 +233,11 @@ def without_weights(cfg):
     return cfg
 
 
-def build(cfg, dtype: str):
+def build(cfg, dtype: str, *, compiled: bool = False):
     model = Trainer.build_model(cfg)
     if cfg.MODEL.WEIGHTS:
         StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    return prepare_for_inference(model, dtype)
+    return prepare_for_inference(model, dtype, compiled=compiled)
 
 
 @torch.no_grad()

@@ -27,6 +27,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--weights", help="a checkpoint instead of the config's MODEL.WEIGHTS")
     parser.add_argument("--num-proposals", type=int, help="most proposals of an image")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the network; default %(default)s")
+    parser.add_argument(
+        "--compile", action="store_true", dest="compiled", help="compile the network first: a minute, then faster"
+    )
     parser.add_argument("--visualize", metavar="DIR", help="write pictures of the best proposals there")
     parser.add_argument("--pkl", metavar="FILE", help="also write Detectron2's precomputed-proposal pickle")
     parser.add_argument("--pkl-masks", action="store_true", help="with masks in it, for detections that keep them")

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 
 import torch
+from detectron2.modeling.backbone import Backbone
 from torch import nn
 
 from .layers import fold_batch_norm
@@ -10,7 +11,7 @@ from .layers import fold_batch_norm
 DTYPES = ("float32", "bfloat16")
 
 
-def prepare_for_inference(model: nn.Module, dtype: str = "float32") -> nn.Module:
+def prepare_for_inference(model: nn.Module, dtype: str = "float32", *, compiled: bool = False) -> nn.Module:
     """Change a model in place into one that computes the same in evaluation, faster: see `autocast` for how it is then called.
 
     Batch norms are merged into convolutions. For "bfloat16" the weights that autocast would cast for every image are cast once.
@@ -18,6 +19,8 @@ def prepare_for_inference(model: nn.Module, dtype: str = "float32") -> nn.Module
     Args:
         model: with its weights.
         dtype: "float32" or "bfloat16".
+        compiled: compile the trunk, or the backbone, when it first runs, which takes a minute and a C++ compiler on a CPU; it then takes
+            images of all sizes.
 
     Returns:
         `model`, in evaluation mode.
@@ -31,6 +34,13 @@ def prepare_for_inference(model: nn.Module, dtype: str = "float32") -> nn.Module
         for module in model.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.to(torch.bfloat16)
+    if compiled:
+        backbones = [name for name, module in model.named_modules() if isinstance(module, Backbone)]
+        for name in backbones:
+            # Not those that are part of another.
+            if not any(name.startswith(other + ".") for other in backbones):
+                module = model.get_submodule(name)
+                module.forward = torch.compile(module.forward, dynamic=True, options={"freezing": True})
     return model
 
 
