@@ -214,21 +214,24 @@ class WindowMasks:
         side = self.logits.shape[-1]
         order = parts.num_rows.argsort()  # windows of a chunk share G
         active, parts = active[order], parts.select(order)
-        edges = []
+        starts, ends, per_mask = [], [], []
         chunk = CHUNK_CPU if self.device.type == "cpu" else CHUNK_DEVICE
         for span in _chunks(parts.num_rows, (parts.col_hi - parts.col_lo).clamp(min=side), chunk):
             values, owners, columns = _columns(self.logits, active[span], parts.select(span))
-            edges.append(_edges(values, owners + span.start, columns, threshold))
+            runs = _crossings(values, owners, columns, parts.select(span), threshold, self.image_size[0])
+            starts.append(runs.starts)
+            ends.append(runs.ends)
+            per_mask.append(runs.per_mask)
         counts = active.new_zeros(len(self))
-        if not edges:
+        if not starts:
             return Runs(active.new_zeros(0), active.new_zeros(0), counts)
-        edges = _Edges(*(torch.cat(field) for field in zip(*edges)))
-        starts, ends, per_mask = _crossings(edges, parts, threshold, self.image_size[0])
+        per_mask = torch.cat(per_mask)
         counts[active] = per_mask
         # From the order of the chunks to that of the masks: a shift per mask, no sort of the runs.
         shifts = active.new_zeros(len(self))
         shifts[active] = per_mask.cumsum(0) - per_mask
         shifts -= counts.cumsum(0) - counts
+        starts, ends = torch.cat(starts), torch.cat(ends)
         index = torch.arange(len(starts), device=self.device)
         index += torch.repeat_interleave(shifts, counts, output_size=len(starts))
         return Runs(starts[index], ends[index], counts)
@@ -353,41 +356,28 @@ def _columns(
     return values, owners, columns
 
 
-class _Edges(NamedTuple):
-    """Where columns enter and leave the foreground, in turn, all tensors (E,)."""
-
-    knot: torch.Tensor  # long, the knot after the edge, of 0 .. G
-    last: torch.Tensor  # bool, whether it is after the column's last knot
-    before: torch.Tensor  # float32, value at the knot before the edge
-    after: torch.Tensor  # float32, value at the knot after it
-    owner: torch.Tensor  # long, which part
-    column: torch.Tensor  # long, in the image
-
-
-def _edges(values: torch.Tensor, owners: torch.Tensor, columns: torch.Tensor, threshold: float) -> _Edges:
-    """The edges of a chunk: shapes as _columns() returns them."""
+def _crossings(
+    values: torch.Tensor, owners: torch.Tensor, columns: torch.Tensor, parts: _Parts, threshold: float, height: int
+) -> Runs:
+    """Runs of pixels above the threshold in the columns of a chunk: shapes as _columns() returns them."""
     num_columns, num_rows = values.shape
     # A background knot before each column and one at the very end: entering and leaving alternate along the whole.
     above = torch.zeros(num_columns * (num_rows + 1) + 1, dtype=torch.bool, device=values.device)
     torch.gt(values, threshold, out=above[:-1].view(num_columns, num_rows + 1)[:, 1:])
-    edges = (above[1:] != above[:-1]).nonzero()[:, 0]
+    edges = (above[1:] != above[:-1]).nonzero()[:, 0]  # (E,)
     column = torch.div(edges, num_rows + 1, rounding_mode="floor")
-    knot = edges - column * (num_rows + 1)
+    knot = edges - column * (num_rows + 1)  # the edge is between knots knot - 1 and knot
     after = edges - column  # position of that knot in values
     flat = values.view(-1)
-    before, after = flat[(after - 1).clamp_(min=0)], flat[after.clamp_(max=len(flat) - 1)]
-    return _Edges(knot, knot == num_rows, before, after, owners[column], columns[column])
-
-
-def _crossings(edges: _Edges, parts: _Parts, threshold: float, height: int) -> Runs:
-    """Runs of pixels above the threshold, in the order of the edges, which is that of the parts."""
-    before, owner = edges.before.double(), edges.owner
-    fraction = (threshold - before) / (edges.after.double() - before)
-    row = (parts.y0 + (parts.grid_lo - 0.5) * parts.cell_h - 0.5)[owner] + (edges.knot + fraction) * parts.cell_h[owner]
-    # Above the first and below the last knot the outermost cells continue.
-    row = torch.where(edges.knot == 0, -math.inf, torch.where(edges.last, math.inf, row))
+    a = flat[(after - 1).clamp_(min=0)].double()
+    b = flat[after.clamp_(max=len(flat) - 1)].double()
+    owner = owners[column]
+    fraction = (threshold - a) / (b - a)
+    row = (parts.y0 + (parts.grid_lo - 0.5) * parts.cell_h - 0.5)[owner] + (knot + fraction) * parts.cell_h[owner]
+    row[knot == 0] = -math.inf  # above the first and below the last knot the outermost cells continue
+    row[knot == num_rows] = math.inf
     enter, leave = row[0::2].floor() + 1, row[1::2].ceil()  # rows whose centre is strictly between the crossings
-    owner, column = owner[0::2], edges.column[0::2]
+    owner, column = owner[0::2], columns[column[0::2]]
     enter = torch.maximum(enter, parts.row_lo[owner].double()).long()
     leave = torch.minimum(leave, parts.row_hi[owner].double()).long()
     keep = leave > enter
