@@ -130,7 +130,8 @@ class SharpMaskNetwork(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in 0..255, in the network's channel order, to the trunk's input."""
-        return (images - self.pixel_mean) / self.pixel_std
+        mean, std = (_row(x, images.shape[3]) for x in (self.pixel_mean, self.pixel_std))
+        return (images - mean) / std
 
     def forward(self, patches: Tensor) -> tuple:
         """Scores and masks of patches.
@@ -247,6 +248,11 @@ def evaluating(module: nn.Module):
         yield
     finally:
         module.train(training)
+
+
+def _row(x: Tensor, width: int) -> Tensor:
+    """(C, 1, 1) to (C, 1, width), channels last in memory: in that layout, loops over three channels alone are slow."""
+    return x.expand(-1, 1, width).permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def _window_view(x: Tensor, size: int, step: int, grid_size: tuple) -> Tensor:

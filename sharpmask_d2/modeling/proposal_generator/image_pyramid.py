@@ -119,17 +119,16 @@ class ImagePyramid(nn.Module):
         scores, chosen = scores.topk(min(self.num_proposals, len(scores)))
         # Windows come level by level; `order` takes them back to the order of their scores.
         cells, order = chosen.sort()
-        masks, windows = [], []
+        masks, windows = None, scores.new_empty((len(scores), 4))
         split = split_cells(cells, [tuple(grid.scores.shape[1:]) for grid in grids])
-        for level, grid, (ys, xs) in zip(levels, grids, split):
+        places = order.split([len(ys) for ys, _ in split])
+        for level, grid, (ys, xs), place in zip(levels, grids, split, places):
             if len(ys) == 0:
                 continue
-            masks.append(
-                self.network.masks(grid, torch.zeros_like(ys), ys, xs, windows_per_batch=self.windows_per_batch)
-            )
-            windows.append(cell_windows(level, ys, xs, self.network.window_size, self.network.stride))
-        back = order.argsort()
-        masks, windows = torch.cat(masks)[back], torch.cat(windows)[back]
+            found = self.network.masks(grid, torch.zeros_like(ys), ys, xs, windows_per_batch=self.windows_per_batch)
+            masks = found.new_empty((len(scores), *found.shape[1:])) if masks is None else masks
+            masks[place] = found
+            windows[place] = cell_windows(level, ys, xs, self.network.window_size, self.network.stride)
         if self.network.resizing == "released":
             windows = corner_aligned(windows, masks.shape[-1])
         proposal_masks = WindowMasks(masks, windows, levels[0].image_size, threshold=self.mask_threshold)
