@@ -58,7 +58,7 @@ class ProposalPredictor:
 class DetectionPredictor:
     """Detections of single images, by a detector that makes its own proposals.
 
-    detector = DetectionPredictor(model_zoo.get("multipath_lite0"))
+    detector = DetectionPredictor(model_zoo.get("multipath_fpn_lite0"))
     instances = detector(cv2.imread("photograph.jpg"))
     """
 

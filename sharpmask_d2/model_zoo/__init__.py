@@ -11,11 +11,12 @@ _WEIGHTS = {
     # One file holds both: SharpMask is the same network with another mask branch.
     "deepmask_lite0": "lite0.pth",
     "sharpmask_lite0": "lite0.pth",
+    "multipath_fpn_lite0": "multipath_fpn_lite0.pth",
     "multipath_lite0": "multipath_lite0.pth",
 }
 
 DEFAULT = "sharpmask_fpn_lite0"
-DEFAULT_DETECTOR = "multipath_lite0"
+DEFAULT_DETECTOR = "multipath_fpn_lite0"
 
 
 def names() -> list:

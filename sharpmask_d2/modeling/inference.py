@@ -19,8 +19,8 @@ def prepare_for_inference(model: nn.Module, dtype: str = "float32", *, compiled:
     Args:
         model: with its weights.
         dtype: "float32" or "bfloat16".
-        compiled: compile the trunk, or the backbone, when it first runs, which takes a minute and a C++ compiler on a CPU; it then takes
-            images of all sizes.
+        compiled: compile the trunk, or the backbone, for images of one size: when it first runs, which on a CPU takes a C++ compiler and
+            a minute. Further sizes are compiled, too, until torch has enough of them (torch._dynamo.config.recompile_limit).
 
     Returns:
         `model`, in evaluation mode.
@@ -40,7 +40,7 @@ def prepare_for_inference(model: nn.Module, dtype: str = "float32", *, compiled:
             # Not those that are part of another.
             if not any(name.startswith(other + ".") for other in backbones):
                 module = model.get_submodule(name)
-                module.forward = torch.compile(module.forward, dynamic=True, options={"freezing": True})
+                module.forward = torch.compile(module.forward, dynamic=False, options={"freezing": True})
     return model
 
 
