@@ -13,8 +13,8 @@ from detectron2.data.detection_utils import read_image
 from tqdm import tqdm
 
 from . import model_zoo
+from .caching import keep_between_images
 from .config import add_sharpmask_config
-from .memory import keep_freed_memory
 from .model_zoo import DEFAULT
 from .predictor import ProposalPredictor
 from .proposal_files import ProposalWriter, to_results
@@ -158,7 +158,7 @@ def compute_proposals(
     Returns:
         exit status: 1 if an image could not be read, else 0.
     """
-    keep_freed_memory()
+    keep_between_images()
     images = list_inputs(input) if input else list_annotated(annotations, image_root)
     cfg = build_config(**config)
     inputs = [str(image.path) for image in images]

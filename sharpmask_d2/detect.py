@@ -10,8 +10,8 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 
+from .caching import keep_between_images
 from .compute import InputImage, build_config, list_inputs, process_images
-from .memory import keep_freed_memory
 from .model_zoo import DEFAULT_DETECTOR
 from .predictor import DetectionPredictor
 from .proposal_files import ProposalWriter
@@ -94,7 +94,7 @@ def detect(
     Returns:
         exit status: 1 if an image could not be read, else 0.
     """
-    keep_freed_memory()
+    keep_between_images()
     images = list_inputs(input)
     cfg = build_config(model=model, config_file=config_file, weights=weights, opts=opts)
     metadata = dataset_metadata(cfg.DATASETS.TRAIN[0])

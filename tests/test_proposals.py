@@ -1,6 +1,7 @@
 """From files to files: predictor, compute_proposals, the proposal generator in a detector, precomputed proposals, the model zoo."""
 
 import json
+import os
 import pickle
 import platform
 import shutil
@@ -18,6 +19,7 @@ from detectron2.modeling.proposal_generator import build_proposal_generator
 from detectron2.structures import BoxMode, ImageList, Instances
 from pycocotools import mask as mask_util
 from sharpmask_d2 import compute, model_zoo
+from sharpmask_d2.caching import keep_between_images
 from sharpmask_d2.modeling.inference import autocast, prepare_for_inference
 from sharpmask_d2.modeling.layers import fold_batch_norm
 from sharpmask_d2.predictor import ProposalPredictor
@@ -296,8 +298,8 @@ def test_unknown_dtypes_are_answered_with_those_there_are(tiny_cfg):
 def test_freed_memory_is_kept(keep):
     program = f"""
 import re, torch
-from sharpmask_d2.memory import keep_freed_memory
-assert not {keep} or keep_freed_memory()
+from sharpmask_d2.caching import keep_between_images
+assert not {keep} or keep_between_images()
 resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
 before = resident()
 torch.ones(100, 2**20).sum()
@@ -305,6 +307,16 @@ print(resident() - before)
 """
     grown = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
     assert (grown > 350) == keep
+
+
+@pytest.mark.parametrize(("set_before", "expected"), [(None, "8192"), ("77", "77")])
+def test_more_kernels_are_kept_unless_somebody_said_how_many(monkeypatch, set_before, expected):
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, set_before or "")
+    if set_before is None:
+        monkeypatch.delenv(name)
+    keep_between_images()
+    assert os.environ[name] == expected
 
 
 @pytest.mark.gpu

@@ -46,13 +46,13 @@ from sharpmask_d2.benchmark import (
     forget_peak,
     peak_megabytes,
 )
+from sharpmask_d2.caching import keep_between_images
 from sharpmask_d2.checkpoint import StrictCheckpointer
 from sharpmask_d2.data import PatchMapper
 from sharpmask_d2.data.loader import PatchBatches
 from sharpmask_d2.engine import ALONE, ARCHITECTURE, Trainer
 from sharpmask_d2.evaluation.proposal_evaluation import write_json
 from sharpmask_d2.evaluation.recall import GroundTruth, RecallAccumulator
-from sharpmask_d2.memory import keep_freed_memory
 from sharpmask_d2.modeling.inference import DTYPES, autocast, prepare_for_inference
 from sharpmask_d2.structures import WindowMasks
 from tabulate import tabulate
@@ -212,8 +212,7 @@ def benchmark_proposals(args: argparse.Namespace) -> dict:
                 runs.append(ProposalRun(name, cfg, model, count, dtype, image))
                 if args.compiled:
                     runs.append(runs[-1].compiled(build(cfg, dtype, compiled=True)))
-    rates = {dtype: best_rates(model.device, getattr(torch, dtype)) for dtype in args.dtype}
-    in_turn(runs, args.repeat)
+    rates = in_turn(runs, args)
     return {"rates": rates, "runs": [run.figures(rates[run.dtype]) for run in runs]}
 
 
@@ -244,7 +243,7 @@ def build(cfg, dtype: str, *, compiled: bool = False):
 def peak_above_model(cfg, count: int, dtype: str, image: torch.Tensor) -> float:
     """Most memory that two images take beside the loaded model, MB; for a process that has done nothing else."""
     cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = count
-    keep_freed_memory()
+    keep_between_images()
     model = build(cfg, dtype)
     forget_peak(model.device)
     loaded = peak_megabytes(model.device)
@@ -332,16 +331,21 @@ class TrainingRun:
 def benchmark_training(args: argparse.Namespace) -> dict:
     configs = [(Path(path).stem, without_weights(setup(path, args.opts))) for path in args.config_file]
     runs = [TrainingRun(name, cfg, dtype, args.image_size) for name, cfg in configs for dtype in args.dtype]
-    rates = {dtype: best_rates(runs[0].model.device, getattr(torch, dtype)) for dtype in args.dtype}
-    in_turn(runs, args.repeat)
+    rates = in_turn(runs, args)
     return {"rates": rates, "runs": [run.figures(rates[run.dtype]) for run in runs]}
 
 
-def in_turn(runs: list, repeat: int) -> None:
-    # The first of each warms up.
-    for _ in range(repeat + 1):
+def in_turn(runs: list, args: argparse.Namespace) -> dict:
+    """All runs once to warm up, then `--repeat` times; the best rates of the machine by dtype, measured before and after."""
+    device = runs[0].model.device
+    before = {dtype: best_rates(device, getattr(torch, dtype)) for dtype in args.dtype}
+    for _ in range(args.repeat + 1):
         for run in runs:
             run()
+    after = {dtype: best_rates(device, getattr(torch, dtype)) for dtype in args.dtype}
+    return {
+        dtype: {name: max(rate, after[dtype][name]) for name, rate in rates.items()} for dtype, rates in before.items()
+    }
 
 
 def benchmark_evaluation(args: argparse.Namespace) -> dict:
@@ -425,9 +429,10 @@ def plot_growth(curves: list, path: str) -> None:
     axes = [key for key in curves[0] if key not in ("model", "dtype")]
     figure, panels = pyplot.subplots(1, len(axes), figsize=(3.2 * len(axes), 3), layout="constrained")
     for axis, panel in zip(axes, panels):
-        for curve in curves:
+        for number, curve in enumerate(curves):
             if curve[axis]:
-                panel.plot(*zip(*curve[axis]), marker="o", markersize=3, label=curve["model"])
+                style = {"color": f"C{number}", "marker": "o", "markersize": 3}
+                panel.plot(*zip(*curve[axis]), label=curve["model"], **style)
         panel.set(xlabel=axis, ylim=(0, None))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("seconds per image")
@@ -513,7 +518,7 @@ def main() -> None:
         "detector": (benchmark_detector, print_figures),
     }
     measure, show = commands[args.command]
-    keep_freed_memory()
+    keep_between_images()
     figures = measure(args)
     print(f"{torch.get_num_threads()} thread(s)")
     show(figures)
