@@ -5,7 +5,7 @@ import os
 
 # Of mallopt in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-# Convolutions of different sizes: an image pyramid has four hundred for each size of image, and oneDNN keeps 1024 of its own accord.
+# Of different sizes; oneDNN keeps 1024 of its own accord, and an image pyramid has some sixty convolutions on each of its levels.
 _CONVOLUTIONS = 8192
 
 

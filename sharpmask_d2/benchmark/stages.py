@@ -23,7 +23,7 @@ class StageClock:
     def __init__(self, model):
         """
         Args:
-            model: SharpMaskNet or SegmentProposalNetwork.
+            model: SharpMaskProposalNetwork or SegmentProposalNetwork.
         """
         self.model = model
         self.seconds = defaultdict(float)
