@@ -126,6 +126,8 @@ def add_sharpmask_config(cfg: CN) -> None:
     _C.TEST.MASK_THRESHOLD = 0.2
     # IoU above which a proposal's box suppresses lower ones; 1 is off, as in the papers.
     _C.TEST.NMS_THRESH = 1.0
+    # Multiply scores by how little a mask changes with its threshold.
+    _C.TEST.MASK_STABILITY = False
     # Lower the scores of proposals whose masks overlap those of better ones (Matrix NMS).
     _C.TEST.MASK_NMS = False
     # Windows refined at a time: bounds the memory.
@@ -167,6 +169,9 @@ def add_sharpmask_config(cfg: CN) -> None:
     _C.FPN.OBJECT_SHARE = 0.8
     # Channels of the score branch.
     _C.FPN.SCORE_CHANNELS = 64
+    # Added to the logits of scores at test for every octave of the window's size. Training draws as many negatives from a level as from the
+    # next, which has a quarter of its windows and as many objects: it makes small windows too sure by up to log 4 = 1.39 an octave.
+    _C.FPN.SCALE_PRIOR = 0.7
     # IoU of windows from which, before masks are made, those of lower score step back behind all others; 1 is off.
     _C.FPN.WINDOW_NMS_THRESH = 0.6
     # Refinement modules: masks of 14 (0), 28 (1) or 56 cells (2).

@@ -23,6 +23,7 @@ from sharpmask_d2.modeling.feature_table import FeatureTable
 from sharpmask_d2.modeling.pyramid_windows import spread
 from sharpmask_d2.modeling.window_targets import balance_windows
 from sharpmask_d2.modeling.windows import pyramid_sizes
+from sharpmask_d2.structures.mask_stability import mask_stability
 from torch import nn
 
 RULE = {"positive_shift": 16.0, "positive_octaves": 0.25, "negative_shift": 32.0, "negative_octaves": 1.0}
@@ -118,6 +119,7 @@ def cfg(tiny_cfg):
     sharpmask.FPN.EXTRA_LEVELS = 1
     sharpmask.FPN.SCORE_CHANNELS = 8
     sharpmask.FPN.WINDOW_NMS_THRESH = 1.0
+    sharpmask.FPN.SCALE_PRIOR = 0.0
     sharpmask.FPN.OBJECT_SHARE = SHARE
     sharpmask.FPN.MASK_SHIFT, sharpmask.FPN.MASK_OCTAVES = NEAR
     torch.manual_seed(0)
@@ -232,6 +234,8 @@ def test_every_place_among_the_scores_is_the_window_that_loops_find(cfg):
     assert [tuple(row) for row in torch.stack(cells, dim=1).tolist()] == [place[:4] for place in slow]
     assert generator.geometry.windows(cells).dtype == torch.float32
     assert generator.geometry.windows(cells).tolist() == [place[4] for place in slow]
+    octaves = [math.log2((x1 - x0) / 20) for *_, (x0, _, x1, _) in slow]
+    torch.testing.assert_close(generator.geometry.octaves(pyramid.sizes), torch.tensor(octaves))
     # In any order, too.
     order = torch.randperm(len(slow), generator=torch.Generator().manual_seed(0))
     shuffled = generator.geometry.cells(order, pyramid.sizes)
@@ -503,9 +507,9 @@ def test_scores_of_cut_windows_are_those_of_the_dense_grid(cfg):
     torch.testing.assert_close(alone.scores[0][alone.scores[0].isfinite()], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("quality", [True, False])
-def test_objectness_is_the_logit_of_the_product_of_score_and_quality(cfg, quality):
-    cfg.MODEL.SHARPMASK.FPN.QUALITY = quality
+@pytest.mark.parametrize(("quality", "prior"), [(True, 0.0), (False, 0.0), (True, 0.5)])
+def test_objectness_is_the_logit_of_the_product_of_score_and_quality(cfg, quality, prior):
+    cfg.MODEL.SHARPMASK.FPN.QUALITY, cfg.MODEL.SHARPMASK.FPN.SCALE_PRIOR = quality, prior
     cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 200
     # No mask is left out, and windows come in several parts.
     cfg.MODEL.SHARPMASK.TEST.MASK_THRESHOLD = 1e-12
@@ -521,7 +525,9 @@ def test_objectness_is_the_logit_of_the_product_of_score_and_quality(cfg, qualit
         pyramid = generator.pyramid([(96, 128)], features)
         places = list(slow_places(pyramid.sizes, generator.strides))
         by_window = {tuple(place[4]): number for number, place in enumerate(places)}
-        best = set(pyramid.scores[0].topk(200).indices.tolist())
+        scores = pyramid.scores[0].double()
+        scores += prior * torch.tensor([math.log2((place[4][2] - place[4][0]) / 20) for place in places])
+        best = set(scores.topk(200).indices.tolist())
         chosen = [by_window[tuple(window)] for window in proposals.proposal_masks.windows.tolist()]
         assert set(chosen) == best
         # Both kinds by turns, so that nothing holds by their order.
@@ -530,7 +536,7 @@ def test_objectness_is_the_logit_of_the_product_of_score_and_quality(cfg, qualit
         expected = []
         for number in chosen:
             level, kind, y, x, _ = places[number]
-            score = pyramid.scores[0, number].double().item()
+            score = scores[number].item()
             if quality:
                 half = KINDS[kind] // 2
                 around = nn.functional.pad(pyramid.features[level], [half] * 4)
@@ -987,6 +993,28 @@ def test_suppression_leaves_out_boxes_that_overlap(cfg):
     boxes = kept.proposal_boxes
     overlaps = pairwise_iou(boxes, boxes).fill_diagonal_(0)
     assert overlaps.max() <= 0.3
+
+
+def test_keys_of_stability_and_of_mask_nms_lower_scores(cfg):
+    images = images_of(noise(3, 96, 128))
+    features = PatchBackbone()(images.tensor)
+    test = cfg.MODEL.SHARPMASK.TEST
+    found = {}
+    for test.MASK_STABILITY, test.MASK_NMS in itertools.product((False, True), repeat=2):
+        torch.manual_seed(0)
+        (proposals,), _ = build(cfg).eval()(images, features)
+        windows = proposals.proposal_masks.windows.tolist()
+        probabilities = proposals.objectness_logits.double().sigmoid().tolist()
+        stability = mask_stability(proposals.proposal_masks).tolist()
+        found[test.MASK_STABILITY, test.MASK_NMS] = {tuple(w): p for w, p in zip(windows, probabilities)}
+    plain, stable = found[False, False], found[True, False]
+    assert list(plain) != list(stable)
+    factors = dict(zip(map(tuple, windows), stability))
+    assert {w: p * factors[w] for w, p in plain.items()} == pytest.approx(stable, rel=1e-3)
+    for without, lowered in ((plain, found[False, True]), (stable, found[True, True])):
+        assert without.keys() == lowered.keys()
+        assert all(lowered[w] <= p * (1 + 1e-5) for w, p in without.items())
+        assert any(lowered[w] < 0.9 * p for w, p in without.items())
 
 
 # ----------------------------------------------------------------------------------------------------------------- sampling

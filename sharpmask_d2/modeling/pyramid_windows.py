@@ -72,6 +72,16 @@ class PyramidWindows:
         strides, sides = (torch.tensor(x, device=cells.ys.device) for x in (self.strides, self.window_cells))
         return centred_windows(cells.ys, cells.xs, strides[cells.levels], sides[cells.kinds])
 
+    def octaves(self, sizes: list) -> Tensor:
+        """How much larger each window of an image is than the smallest, in octaves: (T,) float32.
+
+        Args:
+            sizes: (Y, X) of each level.
+        """
+        sides = torch.tensor([[stride * cells for cells in self.window_cells] for stride in self.strides])
+        counts = torch.tensor([rows * columns for rows, columns in sizes])[:, None].expand_as(sides)
+        return (sides / sides.min()).log2().flatten().repeat_interleave(counts.flatten())
+
     def patches(self, windows: Tensor) -> Tensor:
         """Patches (N, 4) XYXY in which an object that fits its window has the size and place that the label rule asks for."""
         factor = self.object_share * self.window_size / canonical_size(self.window_size)

@@ -5,27 +5,36 @@ Shape letters: N proposals.
 
 from typing import Optional
 
+import torch.nn.functional as F
 from detectron2.structures import Instances
 from torch import Tensor
 from torchvision.ops import nms
 
-from .mask_nms import mask_overlaps, matrix_nms
+from .mask_nms import log_to_logit, mask_overlaps, matrix_nms
+from .mask_stability import mask_stability
 from .window_masks import WindowMasks
 
 
-def build_proposals(scores: Tensor, masks: WindowMasks, *, nms_thresh: float, mask_nms: bool = False) -> Instances:
+def build_proposals(
+    scores: Tensor, masks: WindowMasks, *, nms_thresh: float, stability: bool = False, mask_nms: bool = False
+) -> Instances:
     """Proposals out of window masks and their scores.
 
     Args:
         scores: (N,) logits, highest first.
         masks: N masks.
         nms_thresh: IoU of boxes above which the lower score goes; 1 keeps all.
+        stability: multiply the probability of a proposal by the stability of its mask (see `mask_stability`), and sort anew.
         mask_nms: lower the scores of proposals whose masks overlap better ones (see `mask_nms.matrix_nms`), and sort anew.
 
     Returns:
         Instances in the frame of the masks' image, best first: proposal_boxes (Boxes, tight), objectness_logits, proposal_masks
         (WindowMasks). Empty masks are left out.
     """
+    if stability:
+        scores = log_to_logit(F.logsigmoid(scores.float()) + mask_stability(masks).log())
+        scores, order = scores.sort(descending=True)
+        masks = masks[order]
     boxes = masks.boxes()
     # Beside finite scores: a training that diverges is for the losses to show.
     keep = boxes.nonempty() & scores.isfinite()

@@ -35,6 +35,7 @@ class ImagePyramid(nn.Module):
         num_proposals: int,
         mask_threshold: float,
         nms_thresh: float,
+        stability: bool = False,
         mask_nms: bool = False,
         windows_per_batch: int,
     ):
@@ -46,7 +47,7 @@ class ImagePyramid(nn.Module):
             num_proposals: most proposals of an image.
             mask_threshold: probability above which a pixel is foreground.
             nms_thresh: IoU of boxes above which the lower score goes; 1 keeps all.
-            mask_nms: see `structures.build_proposals`.
+            stability, mask_nms: see `structures.build_proposals`.
             windows_per_batch: windows refined at a time.
 
         Raises:
@@ -60,7 +61,7 @@ class ImagePyramid(nn.Module):
         self.shifts = grid_shifts(network.stride, grid_stride)
         self.num_proposals = num_proposals
         self.mask_threshold = math.log(mask_threshold / (1 - mask_threshold))
-        self.nms_thresh, self.mask_nms = nms_thresh, mask_nms
+        self.nms_thresh, self.stability, self.mask_nms = nms_thresh, stability, mask_nms
         self.windows_per_batch = windows_per_batch
 
     @classmethod
@@ -73,6 +74,7 @@ class ImagePyramid(nn.Module):
             "num_proposals": test.NUM_PROPOSALS,
             "mask_threshold": test.MASK_THRESHOLD,
             "nms_thresh": test.NMS_THRESH,
+            "stability": test.MASK_STABILITY,
             "mask_nms": test.MASK_NMS,
             "windows_per_batch": test.WINDOWS_PER_BATCH,
         }
@@ -132,7 +134,9 @@ class ImagePyramid(nn.Module):
         if self.network.resizing == "released":
             windows = corner_aligned(windows, masks.shape[-1])
         proposal_masks = WindowMasks(masks, windows, levels[0].image_size, threshold=self.mask_threshold)
-        return build_proposals(scores, proposal_masks, nms_thresh=self.nms_thresh, mask_nms=self.mask_nms)
+        return build_proposals(
+            scores, proposal_masks, nms_thresh=self.nms_thresh, stability=self.stability, mask_nms=self.mask_nms
+        )
 
     def level_image(self, image: Tensor, level) -> Tensor:
         """The image (3, H, W) at a level, with the border its windows need: (1, 3, h, w)."""

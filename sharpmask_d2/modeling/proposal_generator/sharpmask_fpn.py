@@ -60,10 +60,12 @@ class SharpMaskFPN(nn.Module):
         sampler: PyramidSampler,
         scores: WindowScores,
         decoder: WindowDecoder,
+        scale_prior: float,
         num_proposals: int,
         window_nms_thresh: float,
         mask_threshold: float,
         nms_thresh: float,
+        stability: bool,
         mask_nms: bool,
         windows_per_batch: int,
         mask_loss_weight: float,
@@ -78,11 +80,12 @@ class SharpMaskFPN(nn.Module):
             sampler: draws the windows that learn.
             scores: gives the scores of all windows.
             decoder: gives the masks of chosen windows.
+            scale_prior: added to the score logits of windows, for every octave that they are larger than the smallest.
             num_proposals: most proposals of an image.
             window_nms_thresh: see `pyramid_windows.spread`; 1 takes the windows of highest score.
             mask_threshold: probability above which a pixel is foreground.
             nms_thresh: IoU of boxes above which the lower score goes; 1 keeps all.
-            mask_nms: see `structures.build_proposals`.
+            stability, mask_nms: see `structures.build_proposals`.
             windows_per_batch: windows whose masks are made at a time.
             mask_loss_weight, score_loss_weight, quality_loss_weight: factors of the losses.
             frozen: no losses, no gradients.
@@ -96,9 +99,11 @@ class SharpMaskFPN(nn.Module):
         self.in_features = list(in_features)
         self.geometry, self.sampler = geometry, sampler
         self.scores, self.decoder = scores, decoder
-        self.num_proposals, self.window_nms_thresh = num_proposals, window_nms_thresh
+        self.scale_prior, self.num_proposals = scale_prior, num_proposals
+        self.window_nms_thresh = window_nms_thresh
         self.mask_threshold = math.log(mask_threshold / (1 - mask_threshold))
-        self.nms_thresh, self.mask_nms, self.windows_per_batch = nms_thresh, mask_nms, windows_per_batch
+        self.nms_thresh, self.stability, self.mask_nms = nms_thresh, stability, mask_nms
+        self.windows_per_batch = windows_per_batch
         self.loss_weights = {
             "loss_sharpmask_mask": mask_loss_weight,
             "loss_sharpmask_score": score_loss_weight,
@@ -150,10 +155,12 @@ class SharpMaskFPN(nn.Module):
                 schedule=refinement.SCHEDULE,
                 quality=fpn.QUALITY,
             ),
+            "scale_prior": fpn.SCALE_PRIOR,
             "num_proposals": sharpmask.TEST.NUM_PROPOSALS,
             "window_nms_thresh": fpn.WINDOW_NMS_THRESH,
             "mask_threshold": sharpmask.TEST.MASK_THRESHOLD,
             "nms_thresh": sharpmask.TEST.NMS_THRESH,
+            "stability": sharpmask.TEST.MASK_STABILITY,
             "mask_nms": sharpmask.TEST.MASK_NMS,
             "windows_per_batch": sharpmask.TEST.WINDOWS_PER_BATCH,
             "mask_loss_weight": sharpmask.MASK_LOSS_WEIGHT,
@@ -251,6 +258,8 @@ class SharpMaskFPN(nn.Module):
         """The best windows of each image as proposals: see `forward`."""
         table = FeatureTable(pyramid.features, pyramid.extents, self.strides)
         skips = self.decoder.horizontal(pyramid.features, pyramid.extents, self.strides)
+        prior = self.scale_prior * self.geometry.octaves(pyramid.sizes).to(pyramid.scores.device)
+        pyramid = pyramid._replace(scores=pyramid.scores + prior)
         return [
             self._propose_image(number, tuple(size), pyramid, table, skips) for number, size in enumerate(image_sizes)
         ]
@@ -278,4 +287,6 @@ class SharpMaskFPN(nn.Module):
             scores = log_to_logit(F.logsigmoid(scores) + F.logsigmoid(torch.cat(quality).float()))
         scores, order = scores.sort(descending=True)
         window_masks = WindowMasks(masks[order], windows[order], image_size, threshold=self.mask_threshold)
-        return build_proposals(scores, window_masks, nms_thresh=self.nms_thresh, mask_nms=self.mask_nms)
+        return build_proposals(
+            scores, window_masks, nms_thresh=self.nms_thresh, stability=self.stability, mask_nms=self.mask_nms
+        )

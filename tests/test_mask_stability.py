@@ -1,0 +1,90 @@
+"""Stability of masks against bitmaps of both thresholds, and what it does to the order of proposals."""
+
+import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
+
+# isort: split
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as mask_util
+from sharpmask_d2.predictor import ProposalPredictor
+from sharpmask_d2.structures import WindowMasks, build_proposals
+from sharpmask_d2.structures.mask_stability import mask_stability
+
+
+def cones(peaks: list, threshold: float = 0.0, side: int = 56) -> WindowMasks:
+    """Round masks side by side whose logits fall from the centre by 2 in each of 8 pixels, a cell being one."""
+    at = torch.arange(side) + 0.5 - side / 2
+    distance = (at[:, None] ** 2 + at**2).sqrt()
+    logits = torch.stack([peak - distance / 4 for peak in peaks])
+    left = torch.arange(len(peaks)) * float(side)
+    windows = torch.stack([left, torch.zeros_like(left), left + side, torch.full_like(left, side)], dim=1)
+    return WindowMasks(logits, windows, (side, side * len(peaks)), threshold=threshold)
+
+
+@pytest.mark.parametrize("margin", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_the_overlap_of_the_bitmaps_of_both_thresholds(margin, dtype):
+    masks = cones([2.0, 3.0, 4.5], threshold=-0.6)
+    masks = WindowMasks(masks.logits.to(dtype), masks.windows, masks.image_size, threshold=masks.threshold)
+    both = [
+        WindowMasks(masks.logits, masks.windows, masks.image_size, threshold=masks.threshold + shift).rle()
+        for shift in (margin, -margin)
+    ]
+    expected = mask_util.iou(*both, [0] * len(masks)).diagonal()
+    assert expected.min() < 0.9
+    # Bitmaps lie at the centres of cells here, so that both count the same.
+    torch.testing.assert_close(mask_stability(masks, margin=margin), torch.tensor(expected).float())
+
+
+def test_of_a_cone_it_is_the_quotient_of_two_circles():
+    # The radii at which the logit is 1 and -1 are as the peak less and plus 1.
+    found = mask_stability(cones([2.0, 4.0, 5.5]))
+    assert found.tolist() == pytest.approx([1 / 9, 9 / 25, 81 / 169], abs=0.02)
+
+
+def test_masks_without_a_sure_or_even_a_possible_cell_come_last():
+    masks = cones([5.0, 0.5, -5.0])
+    found = mask_stability(masks)
+    assert found.tolist() == pytest.approx([4 / 9, 1e-3, 1e-3], abs=0.02)
+    assert mask_stability(masks[:0]).shape == (0,)
+    proposals = build_proposals(torch.tensor([-3.0, 2.0, 3.0]), masks, nms_thresh=1.0, stability=True)
+    # The second has pixels, though none is sure; the third has none.
+    assert proposals.proposal_masks.windows[:, 0].tolist() == [0, 56]
+    assert proposals.objectness_logits.isfinite().all()
+
+
+@pytest.mark.parametrize("mask_nms", [False, True])
+def test_a_vague_mask_goes_behind_a_sure_one(mask_nms):
+    masks, scores = cones([2.0, 5.0, 4.0]), torch.tensor([1.0, 0.9, -4.0])
+    plain = build_proposals(scores, masks, nms_thresh=1.0, mask_nms=mask_nms)
+    sorted_anew = build_proposals(scores, masks, nms_thresh=1.0, stability=True, mask_nms=mask_nms)
+    assert plain.proposal_masks.windows[:, 0].tolist() == [0, 56, 112]
+    assert sorted_anew.proposal_masks.windows[:, 0].tolist() == [56, 0, 112]
+    assert torch.equal(sorted_anew.proposal_boxes.tensor, sorted_anew.proposal_masks.boxes().tensor)
+    expected = scores.sigmoid() * mask_stability(masks)
+    torch.testing.assert_close(sorted_anew.objectness_logits.sigmoid(), expected[[1, 0, 2]], atol=1e-5, rtol=1e-4)
+
+
+def test_scores_that_are_no_numbers_are_left_out():
+    masks = cones([4.0] * 3)
+    scores = torch.tensor([2.0, math.nan, -math.inf])
+    proposals = build_proposals(scores, masks, nms_thresh=1.0, stability=True)
+    assert proposals.proposal_masks.windows[:, 0].tolist() == [0]
+
+
+def test_the_key_lowers_scores_on_image_pyramids(tiny_cfg):
+    image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    found = []
+    for tiny_cfg.MODEL.SHARPMASK.TEST.MASK_STABILITY in (False, True):
+        torch.manual_seed(0)
+        proposals = ProposalPredictor(tiny_cfg)(image)
+        windows = [tuple(window) for window in proposals.proposal_masks.windows.tolist()]
+        probabilities = proposals.objectness_logits.double().sigmoid()
+        if not tiny_cfg.MODEL.SHARPMASK.TEST.MASK_STABILITY:
+            probabilities = probabilities * mask_stability(proposals.proposal_masks)
+        found.append(dict(zip(windows, probabilities.tolist())))
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
