@@ -50,7 +50,7 @@ class ProposalPredictor:
         Raises:
             ValueError: not a colour image, or one without pixels.
         """
-        inputs = [_prepare(image, self.resize, self.cfg)]
+        inputs = [prepare_image(image, self.resize, self.cfg)]
         with autocast(self.model.device, self.dtype):
             return self.model(inputs)[0]["proposals"]
 
@@ -95,7 +95,7 @@ class DetectionPredictor:
         Raises:
             ValueError: not a colour image, or one without pixels.
         """
-        return self.model([_prepare(image, self.resize, self.cfg)])[0]["instances"]
+        return self.model([prepare_image(image, self.resize, self.cfg)])[0]["instances"]
 
 
 def _check_image(image: np.ndarray) -> None:
@@ -113,8 +113,20 @@ def _build(cfg: CfgNode, dtype: str = "float32", compiled: bool = False) -> tupl
     )
 
 
-def _prepare(image: np.ndarray, resize: ResizeShortestEdge, cfg: CfgNode) -> dict:
-    """(H, W, 3) BGR to a model's input."""
+def prepare_image(image: np.ndarray, resize: ResizeShortestEdge, cfg: CfgNode) -> dict:
+    """What a model takes for an image.
+
+    Args:
+        image: (H, W, 3) uint8, BGR.
+        resize: to the size that the model is meant for.
+        cfg: for INPUT.FORMAT, the order of the model's channels.
+
+    Returns:
+        {"image": (3, h, w) uint8, "height": H, "width": W}.
+
+    Raises:
+        ValueError: not a colour image, or one without pixels.
+    """
     _check_image(image)
     resized = resize.get_transform(image).apply_image(image)
     pixels = resized[:, :, ::-1] if cfg.INPUT.FORMAT == "RGB" else resized

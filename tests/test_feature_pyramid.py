@@ -23,6 +23,7 @@ from sharpmask_d2.modeling.feature_table import FeatureTable
 from sharpmask_d2.modeling.pyramid_windows import spread
 from sharpmask_d2.modeling.window_targets import balance_windows
 from sharpmask_d2.modeling.windows import pyramid_sizes
+from sharpmask_d2.structures import rescale_proposals
 from sharpmask_d2.structures.mask_stability import mask_stability
 from torch import nn
 
@@ -978,6 +979,26 @@ def test_the_network_gives_images_of_a_batch_the_proposals_they_have_alone(cfg):
         assert (boxes <= torch.tensor([width, height, width, height])).all()
         torch.testing.assert_close(boxes, proposals.proposal_masks.boxes().tensor)
         assert {"image", *(("height", "width") if "height" in x else ())} == set(x)
+
+
+@pytest.mark.parametrize("size", [(192, 384), (48, 64)])
+def test_proposals_in_the_original_image_are_those_of_the_resized_one_in_another_frame(cfg, size):
+    cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 100
+    model = build_model(with_fpn(cfg)).eval()
+    image = 127 + 50 * noise(3, 96, 128)
+    with torch.no_grad():
+        plain = model([{"image": image}])[0]["proposals"]
+        found = model([{"image": image, "height": size[0], "width": size[1]}])[0]["proposals"]
+    expected = rescale_proposals(plain, *size)
+    assert found.image_size == size
+    assert len(plain) > 50
+    by_window = dict(zip(map(tuple, expected.proposal_masks.windows.tolist()), range(len(expected))))
+    order = [by_window[tuple(window)] for window in found.proposal_masks.windows.tolist()]
+    # Those of a few pixels may have none in one of the frames.
+    assert len(set(order)) == len(found) >= 0.95 * len(plain)
+    assert torch.equal(found.proposal_boxes.tensor, expected.proposal_boxes.tensor[order])
+    assert found.proposal_masks.rle() == expected.proposal_masks[order].rle()
+    torch.testing.assert_close(found.objectness_logits, expected.objectness_logits[order])
 
 
 def test_suppression_leaves_out_boxes_that_overlap(cfg):

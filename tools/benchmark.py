@@ -8,21 +8,19 @@
     tools/benchmark.py sampler --annotations train.json --image-root images --config-file configs/deepmask_lite0.yaml
     tools/benchmark.py detector --config-file configs/detection/multipath_lite0.yaml
 
-`proposals` and `training` measure everything they are given in turn, A B A B, so that what else the machine does meets all alike. Beside
-each they print its limit: floating-point operations, counted by fvcore, over the best rate that a large matrix product or 3x3 convolution
-reaches; a training step has three times those of its forward pass, or less where layers are frozen. `growth` shows how seconds per image
-grow with the image's area, the scales of an image pyramid, the number of proposals and that of images in a batch.
+`proposals` and `training` measure everything they are given in turn, A B A B, so that what else the machine does meets all alike;
+`proposals` has each model in a process of its own, and resizes images as its config says. Beside each they print its limit:
+floating-point operations, counted by fvcore, over the best rate that a large matrix product or 3x3 convolution reaches; a training step
+has three times those of its forward pass, or less where layers are frozen. `growth` shows how seconds per image grow with the image's
+area, the scales of an image pyramid, the number of proposals and that of images in a batch.
 
 Set OMP_NUM_THREADS for the number of threads; `sampler` uses one process and one thread, which is what a worker has.
 """
 
 import argparse
-import copy
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -36,8 +34,7 @@ from detectron2.utils.events import EventStorage
 from pycocotools import mask as mask_utils
 from sharpmask_d2 import model_zoo
 from sharpmask_d2.benchmark import (
-    STAGES,
-    StageClock,
+    ProposalRun,
     best_rates,
     count_operations,
     draw_image,
@@ -147,72 +144,18 @@ def benchmark_sampler(args: argparse.Namespace) -> dict:
     }
 
 
-class ProposalRun:
-    """One model, in one dtype, with one number of proposals: timed run by run."""
-
-    def __init__(self, name: str, cfg, model, num_proposals: int, dtype: str, image: torch.Tensor):
-        self.name, self.model, self.num_proposals, self.dtype = name, model, num_proposals, dtype
-        self.image = image.to(model.device)
-        self.generator = getattr(model, "pyramid", None) or model.proposal_generator
-        self.generator.num_proposals = num_proposals
-        self.laps, self.counts = [], []
-        with autocast(model.device, dtype):
-            self.operations = count_operations(model, [{"image": self.image}])
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            self.peak = fresh.submit(peak_above_model, cfg.clone(), num_proposals, dtype, image).result()
-
-    def compiled(self, model) -> "ProposalRun":
-        """The same with a compiled model, whose operations and memory are taken for those of the plain one."""
-        run = copy.copy(self)
-        run.name, run.model, run.laps, run.counts = f"{self.name}, compiled", model, [], []
-        run.generator = getattr(model, "pyramid", None) or model.proposal_generator
-        return run
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        self.generator.num_proposals = self.num_proposals
-        with StageClock(self.model) as clock:
-            with clock.stage("windows"), autocast(self.model.device, self.dtype):
-                (output,) = self.model([{"image": self.image}])
-            with clock.stage("RLE"):
-                output["proposals"].proposal_masks.rle()
-        self.laps.append(clock.seconds)
-        self.counts.append(len(output["proposals"]))
-
-    def figures(self, rates: dict) -> dict:
-        # The first run warms up.
-        laps = self.laps[1:]
-        seconds = [sum(lap.values()) for lap in laps]
-        limit = self.operations / max(rates.values())
-        total = statistics.median(seconds)
-        return {
-            "model": self.name,
-            "dtype": self.dtype,
-            "proposals": self.counts[-1],
-            "seconds": total,
-            "fastest": min(seconds),
-            "slowest": max(seconds),
-            **{stage: statistics.median(lap.get(stage, 0.0) for lap in laps) for stage in (*STAGES, "RLE")},
-            "GFLOP": self.operations / 1e9,
-            "limit": limit,
-            "times the limit": total / limit,
-            "peak MB": self.peak,
-        }
-
-
 def benchmark_proposals(args: argparse.Namespace) -> dict:
-    configs = read_configs(args)
-    image = draw_image(*args.image_size)
-    runs = []
-    for name, cfg in configs:
-        for dtype in args.dtype:
-            model = build(cfg, dtype)
-            for count in args.num_proposals:
-                count = count or cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS
-                runs.append(ProposalRun(name, cfg, model, count, dtype, image))
-                if args.compiled:
-                    runs.append(runs[-1].compiled(build(cfg, dtype, compiled=True)))
+    image = draw_image(*args.image_size).permute(1, 2, 0).numpy()
+    runs = [
+        ProposalRun(name, cfg, image, num_proposals=count, dtype=dtype, compiled=compiled)
+        for name, cfg in read_configs(args)
+        for dtype in args.dtype
+        for count in args.num_proposals
+        for compiled in (False, True)[: 1 + args.compiled]
+    ]
     rates = in_turn(runs, args)
+    for run in runs:
+        run.close()
     return {"rates": rates, "runs": [run.figures(rates[run.dtype]) for run in runs]}
 
 
@@ -237,21 +180,6 @@ def build(cfg, dtype: str, *, compiled: bool = False):
     if cfg.MODEL.WEIGHTS:
         StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return prepare_for_inference(model, dtype, compiled=compiled)
-
-
-@torch.no_grad()
-def peak_above_model(cfg, count: int, dtype: str, image: torch.Tensor) -> float:
-    """Most memory that two images take beside the loaded model, MB; for a process that has done nothing else."""
-    cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = count
-    keep_between_images()
-    model = build(cfg, dtype)
-    forget_peak(model.device)
-    loaded = peak_megabytes(model.device)
-    for _ in range(2):
-        with autocast(model.device, dtype):
-            (output,) = model([{"image": image}])
-        output["proposals"].proposal_masks.rle()
-    return peak_megabytes(model.device) - loaded
 
 
 def merged(cfg, opts: list):
@@ -337,7 +265,7 @@ def benchmark_training(args: argparse.Namespace) -> dict:
 
 def in_turn(runs: list, args: argparse.Namespace) -> dict:
     """All runs once to warm up, then `--repeat` times; the best rates of the machine by dtype, measured before and after."""
-    device = runs[0].model.device
+    device = torch.device(model_zoo.device())
     before = {dtype: best_rates(device, getattr(torch, dtype)) for dtype in args.dtype}
     for _ in range(args.repeat + 1):
         for run in runs:

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from .. import predictor
 from ..modeling.meta_arch import SegmentProposalNetwork
 from ..modeling.proposal_generator import image_pyramid, sharpmask_fpn
 
@@ -83,6 +84,7 @@ def _parts(model) -> list:
     if isinstance(model, SegmentProposalNetwork):
         generator = model.proposal_generator
         return [
+            ("pyramid", predictor, "prepare_image"),
             ("trunk", model.backbone, "forward"),
             ("score", generator, "pyramid"),
             ("horizontal", generator.decoder, "horizontal"),
@@ -92,6 +94,7 @@ def _parts(model) -> list:
         ]
     network = model.pyramid.network
     return [
+        ("pyramid", predictor, "prepare_image"),
         ("pyramid", model.pyramid, "level_image"),
         ("trunk", network.trunk, "forward"),
         ("score", network.head, "forward"),

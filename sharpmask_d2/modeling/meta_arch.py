@@ -150,12 +150,13 @@ class SegmentProposalNetwork(ProposalNetwork):
             by_size.setdefault(tuple(inputs["image"].shape), []).append(number)
         outputs = [None] * len(batched_inputs)
         for numbers in by_size.values():
-            images, features = self._features([batched_inputs[number] for number in numbers])
-            proposals, _ = self.proposal_generator(images, features)
-            for number, proposed in zip(numbers, proposals):
-                inputs = batched_inputs[number]
-                proposed = rescale_proposals(proposed, inputs.get("height"), inputs.get("width"))
-                outputs[number] = {"proposals": proposed}
+            inputs = [batched_inputs[number] for number in numbers]
+            images, features = self._features(inputs)
+            sizes = images.image_sizes
+            pyramid = self.proposal_generator.pyramid(sizes, features)
+            originals = [(x.get("height") or size[0], x.get("width") or size[1]) for x, size in zip(inputs, sizes)]
+            for number, proposals in zip(numbers, self.proposal_generator.propose(pyramid, sizes, originals)):
+                outputs[number] = {"proposals": proposals}
         return outputs
 
     def _features(self, batched_inputs: list) -> tuple:

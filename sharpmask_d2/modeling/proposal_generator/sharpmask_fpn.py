@@ -5,7 +5,7 @@ P positive ones, M mask side.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -193,8 +193,7 @@ class SharpMaskFPN(nn.Module):
         trains = self.training and not self.frozen
         pyramid = self.pyramid(images.image_sizes, features)
         losses = self.losses(pyramid, gt_instances) if trains else {}
-        with aside():
-            proposals = self.propose(pyramid, images.image_sizes)
+        proposals = self.propose(pyramid, images.image_sizes)
         if self.training and gt_instances is not None:
             for proposed in proposals:
                 proposed.remove("proposal_masks")
@@ -254,18 +253,26 @@ class SharpMaskFPN(nn.Module):
             losses["loss_sharpmask_quality"] = score_loss(quality, overlaps, torch.ones_like(sample.near))
         return {name: loss * self.loss_weights[name] for name, loss in losses.items()}
 
-    def propose(self, pyramid: Pyramid, image_sizes: list) -> list:
-        """The best windows of each image as proposals: see `forward`."""
+    @aside()
+    def propose(self, pyramid: Pyramid, image_sizes: list, output_sizes: Optional[list] = None) -> list:
+        """The best windows of each image as proposals, without gradients: see `forward`.
+
+        Args:
+            pyramid: of the images.
+            image_sizes: (height, width) of each in pixels.
+            output_sizes: (height, width) of each as the proposals are asked for, if that is another one.
+        """
         table = FeatureTable(pyramid.features, pyramid.extents, self.strides)
         skips = self.decoder.horizontal(pyramid.features, pyramid.extents, self.strides)
         prior = self.scale_prior * self.geometry.octaves(pyramid.sizes).to(pyramid.scores.device)
         pyramid = pyramid._replace(scores=pyramid.scores + prior)
         return [
-            self._propose_image(number, tuple(size), pyramid, table, skips) for number, size in enumerate(image_sizes)
+            self._propose_image(number, tuple(size), tuple(output_size), pyramid, table, skips)
+            for number, (size, output_size) in enumerate(zip(image_sizes, output_sizes or image_sizes))
         ]
 
     def _propose_image(
-        self, number: int, image_size: tuple, pyramid: Pyramid, table: FeatureTable, skips: list
+        self, number: int, image_size: tuple, output_size: tuple, pyramid: Pyramid, table: FeatureTable, skips: list
     ) -> Instances:
         candidates = pyramid.scores[number].topk(min(_CANDIDATES * self.num_proposals, pyramid.scores.shape[1])).indices
         windows = self.geometry.windows(self.geometry.cells(candidates, pyramid.sizes))
@@ -287,6 +294,10 @@ class SharpMaskFPN(nn.Module):
             scores = log_to_logit(F.logsigmoid(scores) + F.logsigmoid(torch.cat(quality).float()))
         scores, order = scores.sort(descending=True)
         window_masks = WindowMasks(masks[order], windows[order], image_size, threshold=self.mask_threshold)
+        if output_size != image_size:
+            # Now, as what the masks are in pixels is found but once.
+            (height, width), (new_height, new_width) = image_size, output_size
+            window_masks = window_masks.scale(new_width / width, new_height / height, output_size)
         return build_proposals(
             scores, window_masks, nms_thresh=self.nms_thresh, stability=self.stability, mask_nms=self.mask_nms
         )

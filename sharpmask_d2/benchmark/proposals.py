@@ -1,0 +1,122 @@
+"""Making the proposals of an image, measured: every model in a process of its own, so that none lives in the memory of another."""
+
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+
+from ..caching import keep_between_images
+from ..modeling.inference import autocast
+from ..predictor import ProposalPredictor, prepare_image
+from .limits import count_operations
+from .memory import forget_peak, peak_megabytes
+from .stages import STAGES, StageClock
+
+
+class ProposalRun:
+    """One model, in one dtype, with one number of proposals: timed run by run in its own process, which waits in between."""
+
+    def __init__(self, name: str, cfg: CfgNode, image: np.ndarray, *, num_proposals: int, dtype: str, compiled: bool):
+        """
+        Args:
+            name: for the figures.
+            cfg: of a network that makes proposals alone, with weights or, where MODEL.WEIGHTS is empty, random ones.
+            image: (H, W, 3) uint8, BGR; resized as the config says, which counts as making the pyramid.
+            num_proposals: most proposals, 0: those of the config.
+            dtype, compiled: see `ProposalPredictor`.
+        """
+        self.name, self.dtype = f"{name}, compiled" if compiled else name, dtype
+        cfg = cfg.clone()
+        cfg.defrost()
+        if num_proposals:
+            cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = num_proposals
+        self._process = ProcessPoolExecutor(
+            1, mp_context=get_context("spawn"), initializer=_load, initargs=(cfg, image, dtype, compiled)
+        )
+        self.peak = self._process.submit(_peak).result()
+        # Of the plain model: the tracer does not see into a compiled one.
+        self.operations = self._process.submit(_operations).result()
+        self.laps, self.counts = [], []
+
+    def __call__(self) -> None:
+        seconds, count = self._process.submit(_lap).result()
+        self.laps.append(seconds)
+        self.counts.append(count)
+
+    def close(self) -> None:
+        """Let the process end."""
+        self._process.shutdown()
+
+    def figures(self, rates: dict) -> dict:
+        """What all runs but the first, which warms up, have shown.
+
+        Args:
+            rates: operations per second, by what reached them (see `best_rates`).
+        """
+        laps = self.laps[1:]
+        seconds = [sum(lap.values()) for lap in laps]
+        limit = self.operations / max(rates.values())
+        total = statistics.median(seconds)
+        return {
+            "model": self.name,
+            "dtype": self.dtype,
+            "proposals": self.counts[-1],
+            "seconds": total,
+            "fastest": min(seconds),
+            "slowest": max(seconds),
+            **{stage: statistics.median(lap.get(stage, 0.0) for lap in laps) for stage in (*STAGES, "RLE")},
+            "GFLOP": self.operations / 1e9,
+            "limit": limit,
+            "times the limit": total / limit,
+            "peak MB": self.peak,
+        }
+
+
+class _Measured:
+    """What a process of a ProposalRun holds: the config, the image, the predictor, and the memory it took when loaded."""
+
+    def __init__(self, cfg: CfgNode, image: np.ndarray, dtype: str, compiled: bool):
+        self.cfg, self.image = cfg, image
+        torch.manual_seed(0)
+        self.plain = ProposalPredictor(cfg, dtype=dtype)
+        self.predictor = ProposalPredictor(cfg, dtype=dtype, compiled=True) if compiled else self.plain
+        forget_peak(self.device)
+        self.loaded = peak_megabytes(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.plain.model.device
+
+
+def _load(*args) -> None:
+    global _measured
+    keep_between_images()
+    _measured = _Measured(*args)
+
+
+def _peak() -> float:
+    """Most memory that two images take beside the loaded model, MB."""
+    for _ in range(2):
+        _measured.predictor(_measured.image).proposal_masks.rle()
+    # Linux counts pages in batches, so that nothing at all can look like less than that.
+    return max(0.0, peak_megabytes(_measured.device) - _measured.loaded)
+
+
+@torch.no_grad()
+def _operations() -> int:
+    plain = _measured.plain
+    with autocast(_measured.device, plain.dtype):
+        return count_operations(plain.model, [prepare_image(_measured.image, plain.resize, plain.cfg)])
+
+
+def _lap() -> tuple:
+    """Seconds by stage, and the number of proposals."""
+    with StageClock(_measured.predictor.model) as clock:
+        with clock.stage("windows"):
+            proposals = _measured.predictor(_measured.image)
+        with clock.stage("RLE"):
+            proposals.proposal_masks.rle()
+    return dict(clock.seconds), len(proposals)
