@@ -6,6 +6,7 @@ Shape letters: N masks, M mask side.
 import torch
 from torch import Tensor
 
+from .counting import count_pixels
 from .window_masks import WindowMasks
 
 # A mask without a cell that is sure keeps a score: it goes behind the others, not away.
@@ -25,5 +26,5 @@ def mask_stability(masks: WindowMasks, *, margin: float = 1.0) -> Tensor:
         (N,) float32 in 0..1, not below 0.001.
     """
     logits = masks.logits.flatten(1).float()
-    sure, possible = ((logits > masks.threshold + shift).count_nonzero(1).float() for shift in (margin, -margin))
+    sure, possible = (count_pixels((logits > masks.threshold + shift).view(torch.int8)) for shift in (margin, -margin))
     return torch.where(possible > 0, sure / possible.clamp(min=1), 0.0).clamp(min=_LEAST)
