@@ -234,7 +234,7 @@ class WindowMasks:
         starts, ends = torch.cat(starts), torch.cat(ends)
         index = torch.arange(len(starts), device=self.device)
         index += torch.repeat_interleave(shifts, counts, output_size=len(starts))
-        return Runs(starts[index], ends[index], counts)
+        return Runs(starts.index_select(0, index), ends.index_select(0, index), counts)
 
 
 class _Parts(NamedTuple):
@@ -369,17 +369,19 @@ def _crossings(
     knot = edges - column * (num_rows + 1)  # the edge is between knots knot - 1 and knot
     after = edges - column  # position of that knot in values
     flat = values.view(-1)
-    a = flat[(after - 1).clamp_(min=0)].double()
-    b = flat[after.clamp_(max=len(flat) - 1)].double()
-    owner = owners[column]
+    a = flat.index_select(0, (after - 1).clamp_(min=0)).double()
+    b = flat.index_select(0, after.clamp_(max=len(flat) - 1)).double()
+    owner = owners.index_select(0, column)
     fraction = (threshold - a) / (b - a)
-    row = (parts.y0 + (parts.grid_lo - 0.5) * parts.cell_h - 0.5)[owner] + (knot + fraction) * parts.cell_h[owner]
-    row[knot == 0] = -math.inf  # above the first and below the last knot the outermost cells continue
-    row[knot == num_rows] = math.inf
+    first = parts.y0 + (parts.grid_lo - 0.5) * parts.cell_h - 0.5
+    row = first.index_select(0, owner) + (knot + fraction) * parts.cell_h.index_select(0, owner)
+    # Above the first and below the last knot the outermost cells continue.
+    row.masked_fill_(knot == 0, -math.inf).masked_fill_(knot == num_rows, math.inf)
     enter, leave = row[0::2].floor() + 1, row[1::2].ceil()  # rows whose centre is strictly between the crossings
-    owner, column = owner[0::2], columns[column[0::2]]
-    enter = torch.maximum(enter, parts.row_lo[owner].double()).long()
-    leave = torch.minimum(leave, parts.row_hi[owner].double()).long()
-    keep = leave > enter
-    base = column[keep] * height
-    return Runs(base + enter[keep], base + leave[keep], torch.bincount(owner[keep], minlength=len(parts.x0)))
+    owner = owner[0::2]
+    enter = torch.maximum(enter, parts.row_lo.double().index_select(0, owner)).long()
+    leave = torch.minimum(leave, parts.row_hi.double().index_select(0, owner)).long()
+    keep = (leave > enter).nonzero()[:, 0]
+    base = columns.index_select(0, column[0::2].index_select(0, keep)) * height
+    per_mask = torch.bincount(owner.index_select(0, keep), minlength=len(parts.x0))
+    return Runs(base + enter.index_select(0, keep), base + leave.index_select(0, keep), per_mask)
