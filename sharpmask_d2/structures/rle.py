@@ -91,9 +91,9 @@ def _join(runs: Runs) -> Runs:
     owners = runs.owners()
     broken = torch.ones(len(owners) + 1, dtype=torch.bool, device=owners.device)  # is there a break before run r?
     broken[1:-1] = (runs.ends[:-1] != runs.starts[1:]) | (owners[:-1] != owners[1:])
-    first, last = broken[:-1], broken[1:]
-    per_mask = torch.bincount(owners[first], minlength=len(runs.per_mask))
-    return Runs(runs.starts[first], runs.ends[last], per_mask)
+    first, last = (where.nonzero()[:, 0] for where in (broken[:-1], broken[1:]))
+    per_mask = torch.bincount(owners.index_select(0, first), minlength=len(runs.per_mask))
+    return Runs(runs.starts.index_select(0, first), runs.ends.index_select(0, last), per_mask)
 
 
 def _counts(runs: Runs, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,6 +152,7 @@ def _compress(counts: torch.Tensor, per_mask: torch.Tensor) -> tuple[bytes, torc
     place = text_stops - groups
     while len(delta):
         more = groups > 1
-        text[place] = ((delta & 31) + 32 * more + 48).to(torch.uint8)
-        delta, place, groups = delta[more] >> 5, place[more] + 1, groups[more] - 1
+        text.scatter_(0, place, ((delta & 31) + 32 * more + 48).to(torch.uint8))
+        rest = more.nonzero()[:, 0]
+        delta, place, groups = (x.index_select(0, rest) for x in (delta >> 5, place + 1, groups - 1))
     return text.cpu().numpy().tobytes(), text_stops[stops - 1].cpu()
