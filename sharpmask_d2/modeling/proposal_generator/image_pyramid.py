@@ -96,7 +96,8 @@ class ImagePyramid(nn.Module):
         if 0 in image_size:
             raise ValueError(f"the image has no pixels: its size is {image_size} (height, width)")
         levels = self.levels(image_size)
-        return self.propose(levels, [self.level_grid(image, level) for level in levels])
+        # The largest, which takes the most memory, before anything of the others is kept.
+        return self.propose(levels, [self.level_grid(image, level) for level in reversed(levels)][::-1])
 
     def levels(self, image_size: tuple, octaves: float = 0.0) -> list:
         """The levels of the pyramid of an image.

@@ -168,7 +168,8 @@ class SharpMaskGenerator(nn.Module):
                 outputs.append(output)
             else:
                 with torch.no_grad():
-                    grids = [self._grid(source, level) for level in levels]
+                    # The largest, which takes the most memory, before anything of the others is kept.
+                    grids = [self._grid(source, level) for level in reversed(levels)][::-1]
             with aside():
                 proposals.append(self.pyramid.propose(levels, grids))
         if self.training and gt_instances is not None:
