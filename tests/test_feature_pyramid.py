@@ -121,6 +121,7 @@ def cfg(tiny_cfg):
     sharpmask.FPN.SCORE_CHANNELS = 8
     sharpmask.FPN.WINDOW_NMS_THRESH = 1.0
     sharpmask.FPN.SCALE_PRIOR = 0.0
+    sharpmask.FPN.QUALITY = True
     sharpmask.FPN.OBJECT_SHARE = SHARE
     sharpmask.FPN.MASK_SHIFT, sharpmask.FPN.MASK_OCTAVES = NEAR
     torch.manual_seed(0)
