@@ -99,6 +99,16 @@ def test_operations_are_two_for_each_multiply_add():
     assert count_operations(convolution, (torch.zeros(1, 3, 10, 20),)) == 2 * 9 * 3 * 5 * 10 * 20
 
 
+@pytest.mark.parametrize("name", ["deepmask_lite0", "sharpmask_fpn_lite0"])
+def test_operations_of_packaged_models_are_counted(name):
+    cfg = model_zoo.get(name)
+    cfg.MODEL.DEVICE = "cpu"
+    model = Trainer.build_model(cfg).eval()
+    counted = [count_operations(model, [{"image": torch.zeros(3, *size)}]) for size in ((64, 64), (192, 192))]
+    # The trunk's grow with the image, those of windows do not.
+    assert 1e8 < counted[0] < counted[1] < 9 * counted[0]
+
+
 def test_rates_are_of_the_work_done(monkeypatch):
     from sharpmask_d2.benchmark import limits
 

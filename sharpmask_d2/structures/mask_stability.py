@@ -26,5 +26,5 @@ def mask_stability(masks: WindowMasks, *, margin: float = 1.0) -> Tensor:
         (N,) float32 in 0..1, not below 0.001.
     """
     logits = masks.logits.flatten(1).float()
-    sure, possible = (count_pixels((logits > masks.threshold + shift).view(torch.int8)) for shift in (margin, -margin))
+    sure, possible = (count_pixels((logits > masks.threshold + shift).to(torch.int8)) for shift in (margin, -margin))
     return torch.where(possible > 0, sure / possible.clamp(min=1), 0.0).clamp(min=_LEAST)
