@@ -12,6 +12,7 @@ from sharpmask_d2 import add_sharpmask_config
 from sharpmask_d2.modeling.backbone import ResNetTrunk, TimmTrunk, VGGTrunk
 from sharpmask_d2.modeling.heads import HEADS, CoarseMask, WindowHead
 from sharpmask_d2.modeling.layers import (
+    EvenSameConv2d,
     MirroredConv2d,
     conv_upsampled,
     fold_batch_norm,
@@ -151,6 +152,35 @@ def test_folded_batch_norm_is_the_same_function(kind, padding):
     assert not any("running_var" in name for name in trunk.state_dict())
     for name in before:
         torch.testing.assert_close(after[name], before[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (32, 32)])
+def test_a_kernel_with_zeros_is_same_padding_of_even_maps(size):
+    import timm
+
+    torch.manual_seed(0)
+    plain = timm.create_model("tf_efficientnet_lite0", features_only=True).eval()
+    trunk = TimmTrunk(
+        name="tf_efficientnet_lite0",
+        pretrained="",
+        norm="BN",
+        padding="zeros",
+        out_features=["s2", "s4", "s8", "s16", "s32"],
+    ).eval()
+    assert not any(type(module).__name__ == "Conv2dSame" for module in trunk.modules())
+    assert sum(isinstance(module, EvenSameConv2d) for module in trunk.modules()) == 5
+    trunk.net.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, *size, requires_grad=True)
+    expected, found = plain(x), list(trunk(x).values())
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    # Gradients, of a kernel that sees a border and of the image.
+    ours, theirs = (
+        torch.autograd.grad(sum(x.square().mean() for x in outputs), [x, net.blocks[1][0].conv_dw.weight])
+        for outputs, net in ((found, trunk.net), (expected, plain))
+    )
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
 
 
 # --- trunks -------------------------------------------------------------------------------------------------------------

@@ -77,17 +77,13 @@ def conv_upsampled(x: Tensor, conv: nn.Conv2d) -> Tensor:
 _UPSAMPLED_TAPS = [[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]]
 
 
-class MirroredConv2d(nn.Conv2d):
-    """A convolution whose padding mirrors the border; it takes the place of nn.Conv2d, Detectron2's Conv2d or timm's Conv2dSame.
-
-    Parameters keep the names they have there, so checkpoints fit. "Same" padding, which depends on the input's size, becomes that of an
-    input whose sides the stride divides.
-    """
+class _Successor(nn.Conv2d):
+    """Takes the place of a convolution. Parameters keep the names they have there, so checkpoints fit."""
 
     def __init__(self, conv: nn.Conv2d):
         """
         Args:
-            conv: the convolution to take over; its parameters, norm and activation are shared, not copied.
+            conv: the convolution to take over; its parameters are shared, not copied.
         """
         super().__init__(
             conv.in_channels,
@@ -100,6 +96,20 @@ class MirroredConv2d(nn.Conv2d):
             device="meta",
         )
         self.weight, self.bias = conv.weight, conv.bias
+
+
+class MirroredConv2d(_Successor):
+    """A convolution whose padding mirrors the border; it takes the place of nn.Conv2d, Detectron2's Conv2d or timm's Conv2dSame.
+
+    "Same" padding, which depends on the input's size, becomes that of an input whose sides the stride divides.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        """
+        Args:
+            conv: the convolution to take over; its parameters, norm and activation are shared, not copied.
+        """
+        super().__init__(conv)
         self.border = _borders(conv)
         self.norm = getattr(conv, "norm", None)
         self.activation = getattr(conv, "activation", None)
@@ -110,6 +120,28 @@ class MirroredConv2d(nn.Conv2d):
         if self.norm is not None:
             x = self.norm(x)
         return x if self.activation is None else self.activation(x)
+
+
+class EvenSameConv2d(_Successor):
+    """A convolution of stride 2 with "same" padding, for maps of even sides; it takes the place of timm's Conv2dSame.
+
+    Such a map has one row and one column more of zeros behind it than before it. Here the kernel has them instead, before its first: it is
+    the same function, without a padded copy of the map.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.pad(self.weight, (1, 0, 1, 0))
+        return F.conv2d(x, weight, self.bias, self.stride, self.kernel_size[0] // 2, 1, self.groups)
+
+
+def use_even_padding(module: nn.Module) -> nn.Module:
+    """Replace, in place, every Conv2dSame of stride 2 below `module`, whose maps have even sides. Returns `module`."""
+    for name, child in module.named_children():
+        if type(child).__name__ == "Conv2dSame" and child.stride == (2, 2) and child.dilation == (1, 1):
+            setattr(module, name, EvenSameConv2d(child))
+        else:
+            use_even_padding(child)
+    return module
 
 
 def _borders(conv: nn.Conv2d) -> tuple:

@@ -6,7 +6,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
-from ..layers import fold_batch_norm, use_mirrored_padding
+from ..layers import fold_batch_norm, use_even_padding, use_mirrored_padding
 from .features import trunk_features
 
 
@@ -59,8 +59,8 @@ class TimmTrunk(Backbone):
             fold_batch_norm(self.net)
         if freeze_at:
             self._freeze(self.net.feature_info.module_name(min(freeze_at - 1, last)))
-        if padding == "mirrored":
-            use_mirrored_padding(self.net)
+        # Sides are even wherever a convolution halves them: see `size_divisibility`.
+        use_mirrored_padding(self.net) if padding == "mirrored" else use_even_padding(self.net)
 
     def _freeze(self, last_module: str) -> None:
         names = [name for name, _ in self.net.named_parameters()]
