@@ -26,7 +26,7 @@ def drawn_masks(image_size: tuple, count: int = 12) -> WindowMasks:
 
 
 def test_overlaps_of_a_small_image_are_pycocotools_own():
-    masks = drawn_masks((80, 100))
+    masks = drawn_masks((64, 80))
     rles = masks.rle()
     expected = torch.from_numpy(mask_util.iou(rles, rles, [0] * len(rles))).float()
     assert (expected > 0.2).sum() > len(masks)
@@ -46,7 +46,7 @@ def test_overlaps_do_not_depend_on_autocast(count):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = mask_overlaps(masks)
     assert found.dtype == torch.float32
-    bitmaps = masks.scale(0.28, 0.28, (84, 112)).paste().flatten(1).double()
+    bitmaps = masks.scale(0.2, 0.2, (60, 80)).paste().flatten(1).double()
     shared = bitmaps @ bitmaps.T
     union = bitmaps.sum(1)[:, None] + bitmaps.sum(1) - shared
     torch.testing.assert_close(found.double(), shared / union.clamp(min=1), atol=1e-6, rtol=0)
