@@ -79,12 +79,29 @@ def test_scores_that_are_no_numbers_are_left_out():
 def test_the_key_lowers_scores_on_image_pyramids(tiny_cfg):
     image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     found = []
+
+    def drawn(grid, images, ys, xs, **_):
+        return torch.cat([cones([2.0 + (y + x) % 4]).logits for y, x in zip(ys.tolist(), xs.tolist())])
+
     for tiny_cfg.MODEL.SHARPMASK.TEST.MASK_STABILITY in (False, True):
         torch.manual_seed(0)
-        proposals = ProposalPredictor(tiny_cfg)(image)
+        predictor = ProposalPredictor(tiny_cfg)
+        predictor.model.pyramid.network.masks = drawn
+        proposals = predictor(image)
         windows = [tuple(window) for window in proposals.proposal_masks.windows.tolist()]
         probabilities = proposals.objectness_logits.double().sigmoid()
         if not tiny_cfg.MODEL.SHARPMASK.TEST.MASK_STABILITY:
-            probabilities = probabilities * mask_stability(proposals.proposal_masks)
+            stability = mask_stability(proposals.proposal_masks)
+            assert stability.max() - stability.min() > 0.1
+            probabilities = probabilities * stability
         found.append(dict(zip(windows, probabilities.tolist())))
     assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_counts_the_same_cells():
+    masks = cones([2.0, 3.0, 4.5])
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        found = mask_stability(masks.to("cuda"))
+    torch.testing.assert_close(found.cpu(), mask_stability(masks))

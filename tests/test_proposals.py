@@ -194,6 +194,26 @@ def test_the_generator_gives_the_stand_alone_proposals_inside_a_detector(tiny_cf
         assert len(found.proposal_masks) == len(found)
 
 
+def test_proposals_of_all_scales_are_the_best_of_each(tiny_cfg):
+    torch.manual_seed(0)
+    pyramid = build_model(tiny_cfg).eval().pyramid
+    # No mask is left out, and no scale has as many windows.
+    pyramid.num_proposals, pyramid.mask_threshold = 100, -1e6
+    image = torch.rand(3, 96, 130, generator=torch.Generator().manual_seed(0)) * 255
+    found = []
+    for pyramid.exponents in ([-1.0, -0.5, 0.0], [-1.0], [-0.5], [0.0]):
+        proposals = pyramid(image)
+        scores, windows = proposals.objectness_logits.tolist(), proposals.proposal_masks.windows.tolist()
+        found.append(list(zip(scores, map(tuple, windows), proposals.proposal_masks.logits)))
+    together, *each = found
+    best = sorted((item for items in each for item in items), key=lambda item: -item[0])[:100]
+    assert max(map(len, each)) < len(together) == 100
+    for (score, window, logits), (best_score, best_window, best_logits) in zip(together, best):
+        assert score == pytest.approx(best_score)
+        assert window == best_window
+        torch.testing.assert_close(logits, best_logits)
+
+
 def test_a_detector_with_sharpmask_proposals_runs(tiny_cfg):
     cfg = tiny_cfg.clone()
     to_small_detector(cfg, roi_heads="StandardROIHeads", num_classes=3)
