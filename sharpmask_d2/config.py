@@ -176,7 +176,7 @@ def add_sharpmask_config(cfg: CN) -> None:
     _C.FPN.WINDOW_NMS_THRESH = 0.6
     # Refinement modules: masks of 14 (0), 28 (1) or 56 cells (2).
     _C.FPN.NUM_REFINEMENTS = 2
-    # Predict the IoU of masks and multiply it into the objectness (where TEST.MASK_STABILITY does not do without); weight of its loss.
+    # Predict the IoU of masks and multiply it into the objectness, which beside TEST.MASK_STABILITY ranks worse; weight of its loss.
     _C.FPN.QUALITY = False
     _C.FPN.QUALITY_LOSS_WEIGHT = 1.0
     # Windows that learn a mask, positive or not: this near to an object, in pixels of the patch and in octaves (see LABELS).

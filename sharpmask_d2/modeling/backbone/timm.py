@@ -59,8 +59,11 @@ class TimmTrunk(Backbone):
             fold_batch_norm(self.net)
         if freeze_at:
             self._freeze(self.net.feature_info.module_name(min(freeze_at - 1, last)))
-        # Sides are even wherever a convolution halves them: see `size_divisibility`.
-        use_mirrored_padding(self.net) if padding == "mirrored" else use_even_padding(self.net)
+        if padding == "mirrored":
+            use_mirrored_padding(self.net)
+        else:
+            # Sides are even wherever a convolution halves them: see `size_divisibility`.
+            use_even_padding(self.net)
 
     def _freeze(self, last_module: str) -> None:
         names = [name for name, _ in self.net.named_parameters()]
