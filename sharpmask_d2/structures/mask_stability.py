@@ -14,7 +14,7 @@ _LEAST = 1e-3
 
 
 def mask_stability(masks: WindowMasks, *, margin: float = 1.0) -> Tensor:
-    """IoU of a mask under a higher and under a lower threshold (Segment Anything, arXiv 2304.02643, section 5, there as a filter).
+    """IoU of a mask under a higher and under a lower threshold (Segment Anything, arXiv 2304.02643, section 4, there as a filter).
 
     The one lies within the other, so that it is the quotient of their areas, here in cells of the window.
 
