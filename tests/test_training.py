@@ -179,8 +179,10 @@ def run_eval_only(cfg, drawn) -> subprocess.CompletedProcess:
     )
 
 
-def test_eval_only_prints_patch_metrics_and_average_recall(cfg, drawn):
+def test_eval_only_prints_patch_metrics_and_average_recall(cfg, drawn, tmp_path):
     cfg.DATASETS.TEST = (NAME,)
+    torch.save({"model": Trainer.build_model(cfg).state_dict()}, tmp_path / "random.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "random.pth")
     done = run_eval_only(cfg, drawn)
     assert done.returncode == 0, done.stdout[-4000:]
     for text in ("Task: patches", "mean IoU", "score accuracy", "Task: segm", "Task: bbox", "AR@1000", "AUC"):
@@ -195,6 +197,14 @@ def test_eval_only_refuses_the_checkpoint_of_another_model(cfg, drawn, tmp_path)
     done = run_eval_only(cfg, drawn)
     assert done.returncode != 0
     assert "other.pth does not fit this model" in done.stdout
+
+
+def test_eval_only_refuses_to_evaluate_random_weights(cfg, drawn):
+    cfg.DATASETS.TEST = (NAME,)
+    cfg.MODEL.WEIGHTS = ""
+    done = run_eval_only(cfg, drawn)
+    assert done.returncode != 0
+    assert "there are no weights to evaluate; give a checkpoint, MODEL.WEIGHTS" in done.stdout
 
 
 class _Poison(hooks.HookBase):

@@ -28,10 +28,18 @@ def parse_args() -> argparse.Namespace:
 
 
 def evaluate(cfg, *, resume: bool) -> dict:
-    """Print and return the figures of MODEL.WEIGHTS, or with `resume` of the last checkpoint in OUTPUT_DIR."""
+    """Print and return the figures of MODEL.WEIGHTS, or with `resume` of the last checkpoint in OUTPUT_DIR.
+
+    Raises:
+        ValueError: neither is there, or the weights are of another model.
+    """
     model = Trainer.build_model(cfg)
     # A checkpoint of another model would give figures that mean nothing.
     checkpointer = StrictCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+        raise ValueError(
+            "--eval-only: there are no weights to evaluate; give a checkpoint, MODEL.WEIGHTS model_final.pth"
+        )
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = Trainer.test(cfg, model)
     if not cfg.MODEL.LOAD_PROPOSALS:
