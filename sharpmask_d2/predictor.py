@@ -103,14 +103,22 @@ def _check_image(image: np.ndarray) -> None:
         raise ValueError(f"expected a colour image of shape (height, width, 3), got {image.shape}")
 
 
-def _build(cfg: CfgNode, dtype: str = "float32", compiled: bool = False) -> tuple:
-    """The model with its weights, random where MODEL.WEIGHTS is empty, ready to run; and what resizes its images."""
+def load_model(cfg: CfgNode) -> torch.nn.Module:
+    """The model of a config with its weights, random where MODEL.WEIGHTS is empty.
+
+    Raises:
+        ValueError: weights that lack parameters of the model; the message names them.
+    """
     model = Trainer.build_model(cfg)
     if cfg.MODEL.WEIGHTS:
         StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    return prepare_for_inference(model, dtype, compiled=compiled), ResizeShortestEdge(
-        [cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST
-    )
+    return model
+
+
+def _build(cfg: CfgNode, dtype: str = "float32", compiled: bool = False) -> tuple:
+    """The model ready to run, and what resizes its images."""
+    resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+    return prepare_for_inference(load_model(cfg), dtype, compiled=compiled), resize
 
 
 def prepare_image(image: np.ndarray, resize: ResizeShortestEdge, cfg: CfgNode) -> dict:

@@ -44,13 +44,13 @@ from sharpmask_d2.benchmark import (
     peak_megabytes,
 )
 from sharpmask_d2.caching import keep_between_images
-from sharpmask_d2.checkpoint import StrictCheckpointer
 from sharpmask_d2.data import PatchMapper
 from sharpmask_d2.data.loader import PatchBatches
 from sharpmask_d2.engine import ALONE, ARCHITECTURE, Trainer
 from sharpmask_d2.evaluation.proposal_evaluation import write_json
 from sharpmask_d2.evaluation.recall import GroundTruth, RecallAccumulator
 from sharpmask_d2.modeling.inference import DTYPES, autocast, prepare_for_inference
+from sharpmask_d2.predictor import load_model
 from sharpmask_d2.structures import WindowMasks
 from tabulate import tabulate
 
@@ -176,10 +176,7 @@ def without_weights(cfg):
 
 
 def build(cfg, dtype: str, *, compiled: bool = False):
-    model = Trainer.build_model(cfg)
-    if cfg.MODEL.WEIGHTS:
-        StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    return prepare_for_inference(model, dtype, compiled=compiled)
+    return prepare_for_inference(load_model(cfg), dtype, compiled=compiled)
 
 
 def merged(cfg, opts: list):

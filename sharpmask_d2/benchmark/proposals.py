@@ -10,7 +10,8 @@ from detectron2.config import CfgNode
 
 from ..caching import keep_between_images
 from ..modeling.inference import autocast
-from ..predictor import ProposalPredictor, prepare_image
+from ..modeling.layers import fold_batch_norm
+from ..predictor import ProposalPredictor, load_model, prepare_image
 from .limits import count_operations
 from .memory import forget_peak, peak_megabytes
 from .stages import STAGES, StageClock
@@ -37,7 +38,6 @@ class ProposalRun:
             1, mp_context=get_context("spawn"), initializer=_load, initargs=(cfg, image, dtype, compiled)
         )
         self.peak = self._process.submit(_peak).result()
-        # Of the plain model: the tracer does not see into a compiled one.
         self.operations = self._process.submit(_operations).result()
         self.laps, self.counts = [], []
 
@@ -81,14 +81,10 @@ class _Measured:
     def __init__(self, cfg: CfgNode, image: np.ndarray, dtype: str, compiled: bool):
         self.cfg, self.image = cfg, image
         torch.manual_seed(0)
-        self.plain = ProposalPredictor(cfg, dtype=dtype)
-        self.predictor = ProposalPredictor(cfg, dtype=dtype, compiled=True) if compiled else self.plain
+        self.predictor = ProposalPredictor(cfg, dtype=dtype, compiled=compiled)
+        self.device = self.predictor.model.device
         forget_peak(self.device)
         self.loaded = peak_megabytes(self.device)
-
-    @property
-    def device(self) -> torch.device:
-        return self.plain.model.device
 
 
 def _load(*args) -> None:
@@ -107,9 +103,12 @@ def _peak() -> float:
 
 @torch.no_grad()
 def _operations() -> int:
-    plain = _measured.plain
-    with autocast(_measured.device, plain.dtype):
-        return count_operations(plain.model, [prepare_image(_measured.image, plain.resize, plain.cfg)])
+    # The tracer sees neither into a compiled model nor into fused convolutions.
+    torch.manual_seed(0)
+    plain = fold_batch_norm(load_model(_measured.cfg).eval())
+    predictor = _measured.predictor
+    with autocast(_measured.device, predictor.dtype):
+        return count_operations(plain, [prepare_image(_measured.image, predictor.resize, predictor.cfg)])
 
 
 def _lap() -> tuple:

@@ -77,7 +77,7 @@ def conv_upsampled(x: Tensor, conv: nn.Conv2d) -> Tensor:
 _UPSAMPLED_TAPS = [[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]]
 
 
-class _Successor(nn.Conv2d):
+class Successor(nn.Conv2d):
     """Takes the place of a convolution. Parameters keep the names they have there, so checkpoints fit."""
 
     def __init__(self, conv: nn.Conv2d):
@@ -98,7 +98,7 @@ class _Successor(nn.Conv2d):
         self.weight, self.bias = conv.weight, conv.bias
 
 
-class MirroredConv2d(_Successor):
+class MirroredConv2d(Successor):
     """A convolution whose padding mirrors the border; it takes the place of nn.Conv2d, Detectron2's Conv2d or timm's Conv2dSame.
 
     "Same" padding, which depends on the input's size, becomes that of an input whose sides the stride divides.
@@ -122,16 +122,23 @@ class MirroredConv2d(_Successor):
         return x if self.activation is None else self.activation(x)
 
 
-class EvenSameConv2d(_Successor):
+class EvenSameConv2d(Successor):
     """A convolution of stride 2 with "same" padding, for maps of even sides; it takes the place of timm's Conv2dSame.
 
     Such a map has one row and one column more of zeros behind it than before it. Here the kernel has them instead, before its first: it is
     the same function, without a padded copy of the map.
     """
 
+    @property
+    def even_padding(self) -> tuple:
+        return tuple(size // 2 for size in self.kernel_size)
+
+    def even_weight(self) -> Tensor:
+        """The kernel with zeros before its first row and column: (C', C, K + 1, K + 1)."""
+        return F.pad(self.weight, (1, 0, 1, 0))
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = F.pad(self.weight, (1, 0, 1, 0))
-        return F.conv2d(x, weight, self.bias, self.stride, self.kernel_size[0] // 2, 1, self.groups)
+        return F.conv2d(x, self.even_weight(), self.bias, self.stride, self.even_padding, 1, self.groups)
 
 
 def use_even_padding(module: nn.Module) -> nn.Module:
@@ -165,6 +172,21 @@ def use_mirrored_padding(module: nn.Module) -> nn.Module:
     return module
 
 
+class MergedNorm(nn.Module):
+    """Takes the place of a batch norm that was merged into the convolution before it: the activation that it carried."""
+
+    def __init__(self, activation: nn.Module):
+        """
+        Args:
+            activation: nn.Identity if there was none.
+        """
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(x)
+
+
 def fold_batch_norm(module: nn.Module) -> nn.Module:
     """Merge, in place, every batch norm below `module` into the convolution before it: the same function in evaluation, cheaper.
 
@@ -175,7 +197,7 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
     for name, child in list(module.named_children()):
         if _is_batch_norm(child) and isinstance(previous, nn.Conv2d) and previous.out_channels == child.weight.shape[0]:
             _merge(previous, child)
-            setattr(module, name, getattr(child, "act", None) or nn.Identity())
+            setattr(module, name, MergedNorm(getattr(child, "act", None) or nn.Identity()))
         elif isinstance(child, nn.Conv2d):
             if _is_batch_norm(getattr(child, "norm", None)):
                 _merge(child, child.norm)

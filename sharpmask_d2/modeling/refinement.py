@@ -86,7 +86,8 @@ class RefinementModule(nn.Module):
         if form == "concatenated":
             vertical, horizontal = vertical[:-1], horizontal[:-1]
             self.joint = _conv3x3(2 * in_channels, out_channels)
-        self.vertical, self.horizontal = vertical, horizontal
+        # No Sequential: the first convolution may read a map that is not upsampled yet.
+        self.vertical, self.horizontal = nn.ModuleList(vertical), horizontal
 
     def forward(self, encoding: Tensor, skip: Tensor) -> Tensor:
         """

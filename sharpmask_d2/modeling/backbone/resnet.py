@@ -3,7 +3,7 @@
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.resnet import BasicStem, ResNet
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
 from ..layers import use_mirrored_padding
@@ -43,9 +43,9 @@ class ResNetTrunk(ResNet):
         options = {"stride_in_1x1": stride_in_1x1} if depth >= 50 else {}
         num_stages = max(names.index(name) for name in out_features)
         stages = ResNet.make_default_stages(depth, norm=norm, **options)[: max(num_stages, 1)]
-        super().__init__(
-            BasicStem(3, 64, norm), stages, out_features=[f for f in out_features if f != _CONV1] or ["res2"]
-        )
+        stem = BasicStem(3, 64, norm)
+        stem.conv1.activation = nn.ReLU(inplace=True)
+        super().__init__(stem, stages, out_features=[f for f in out_features if f != _CONV1] or ["res2"])
         self._out_features = list(out_features)
         self._out_feature_strides[_CONV1] = 2
         self._out_feature_channels[_CONV1] = self.stem.conv1.out_channels
@@ -55,7 +55,7 @@ class ResNetTrunk(ResNet):
 
     def forward(self, x: Tensor) -> dict:
         """Features of normalised images (B, 3, H, W): a dict of (B, C, H / stride, W / stride)."""
-        x = self.stem.conv1(x).relu_()
+        x = self.stem.conv1(x)
         outputs = {_CONV1: x}
         x = max_pool2d(x, kernel_size=3, stride=2, padding=1)
         for name, stage in zip(self.stage_names, self.stages):

@@ -1,0 +1,120 @@
+import pytest
+import torch
+from sharpmask_d2.modeling.backbone.resnet import ResNetTrunk
+from sharpmask_d2.modeling.backbone.timm import TimmTrunk
+from sharpmask_d2.modeling.fused import FusedBottleneck, FusedConv2d, can_fuse, fuse_convolutions
+from sharpmask_d2.modeling.inference import autocast, prepare_for_inference
+from sharpmask_d2.modeling.layers import MirroredConv2d, fold_batch_norm
+from sharpmask_d2.modeling.refinement import RefinementModule
+from torch import nn
+
+pytestmark = pytest.mark.skipif(not can_fuse(torch.float32), reason="needs oneDNN")
+needs_bfloat16 = pytest.mark.skipif(not can_fuse(torch.bfloat16), reason="needs a processor with bfloat16")
+
+
+def _trunk(kind: str, padding: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "lite0":
+        features = ["s2", "s4", "s8", "s16"]
+        trunk = TimmTrunk(
+            name="tf_efficientnet_lite0", pretrained="", norm="folded", padding=padding, out_features=features
+        )
+    else:
+        features = ["conv1", "res2", "res3", "res4"]
+        depth = int(kind[1:])
+        trunk = ResNetTrunk(depth=depth, stride_in_1x1=True, norm="FrozenBN", padding=padding, out_features=features)
+    for name, tensor in trunk.state_dict().items():
+        if name.endswith("bias"):
+            tensor.normal_(0, 0.1)
+    return fold_batch_norm(trunk.eval()).requires_grad_(False)
+
+
+def _fused(module: nn.Module) -> list:
+    return [m for m in module.modules() if isinstance(m, FusedConv2d)]
+
+
+# All but those without an activation: of ResNet-50 the projections, of EfficientNet-Lite0 the last of each block.
+@pytest.mark.parametrize(
+    ("kind", "count", "left"), [("R50", 1 + 3 * 13, 3), ("R18", 1, 14), ("lite0", 1 + 1 + 2 * 10, 11)]
+)
+@pytest.mark.parametrize("padding", ["mirrored", "zeros"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_fused_trunks_are_the_same_function(kind, count, left, padding, layout):
+    trunk = _trunk(kind, padding)
+    images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=layout)
+    given = images.clone()
+    expected = trunk(images)
+    names = set(trunk.state_dict())
+    found = fuse_convolutions(trunk)(images)
+    assert torch.equal(images, given)
+    # A feature that was overwritten by the block after it would show.
+    for name, feature in expected.items():
+        assert feature.abs().max() > 0.1
+        torch.testing.assert_close(found[name], feature, atol=1e-4 * float(feature.abs().max()), rtol=1e-4)
+    assert len(_fused(trunk)) == count
+    assert sum(isinstance(m, nn.Conv2d) for m in trunk.modules()) == count + left
+    assert set(trunk.state_dict()) == names
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("kind", ["R50", "lite0"])
+def test_in_bfloat16_they_are_as_near_to_float32_as_autocast(kind):
+    trunk = _trunk(kind, "mirrored")
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    exact = trunk(images)
+    with autocast(torch.device("cpu"), "bfloat16"):
+        rounded = trunk(images)
+        found = prepare_for_inference(trunk, "bfloat16")(images)
+    for name, feature in exact.items():
+        assert found[name].dtype == torch.bfloat16
+        spread = float((rounded[name].float() - feature).square().mean().sqrt())
+        assert float((found[name].float() - feature).square().mean().sqrt()) <= 1.2 * spread
+
+
+def test_what_follows_is_fused_only_where_it_is_known_to_follow():
+    conv = nn.Conv2d(3, 4, 3)
+    sequence = nn.Sequential(
+        conv, nn.ReLU6(), nn.Conv2d(4, 4, 1), nn.SiLU(), MirroredConv2d(nn.Conv2d(4, 4, 3, padding=1))
+    )
+    x = 8 * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = sequence(x)
+        assert sequence[1](conv(x)).max() == 6
+        found = fuse_convolutions(sequence)(x)
+    torch.testing.assert_close(found, expected)
+    assert [type(m).__name__ for m in sequence] == ["FusedConv2d", "Identity", "Conv2d", "SiLU", "MirroredConv2d"]
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 3, 1), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.conv(self.relu(x)))
+
+    assert not _fused(fuse_convolutions(Block()))
+    assert not _fused(fuse_convolutions(nn.ModuleList([nn.Conv2d(3, 3, 1), nn.ReLU()])))
+
+
+@pytest.mark.parametrize("upsampled", [False, True])
+def test_a_refinement_module_is_fused_on_its_skip_path_alone(upsampled):
+    from detectron2.layers import ShapeSpec
+
+    torch.manual_seed(0)
+    options = {"form": "refactored", "vertical_convs": 2, "horizontal_convs": 3, "upsampling": "nearest"}
+    module = RefinementModule(ShapeSpec(channels=16, stride=8), 8, 4, **options)
+    encoding = torch.randn(3, 8, *([5, 5] if upsampled else [10, 10]))
+    feature = torch.randn(3, 16, 10, 10)
+    with torch.no_grad():
+        expected = module(encoding, module.horizontal(feature))
+        fuse_convolutions(module)
+        found = module(encoding, module.horizontal(feature))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert len(_fused(module)) == len(_fused(module.horizontal)) == 2
+
+
+def test_bottlenecks_with_a_norm_stay_as_they_are():
+    trunk = ResNetTrunk(depth=50, stride_in_1x1=True, norm="FrozenBN", padding="zeros", out_features=["res2"])
+    fuse_convolutions(trunk)
+    assert not _fused(trunk)
+    assert not any(isinstance(m, FusedBottleneck) for m in trunk.modules())
