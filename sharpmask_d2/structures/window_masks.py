@@ -27,6 +27,8 @@ __all__ = ["WindowMasks"]
 # Knots interpolated at once: on a CPU what fits its cache, elsewhere enough to keep the device busy.
 CHUNK_CPU = 2**19
 CHUNK_DEVICE = 2**24
+# Grid rows whose foreground is looked for together, at most; a power of two.
+_ROWS = 8
 
 
 class WindowMasks:
@@ -214,27 +216,27 @@ class WindowMasks:
         side = self.logits.shape[-1]
         order = parts.num_rows.argsort()  # windows of a chunk share G
         active, parts = active[order], parts.select(order)
-        starts, ends, per_mask = [], [], []
+        columns = _image_columns(parts, side)
+        pieces = []
         chunk = CHUNK_CPU if self.device.type == "cpu" else CHUNK_DEVICE
+        stops = [0, *(parts.col_hi - parts.col_lo).cumsum(0).tolist()]
         for span in _chunks(parts.num_rows, (parts.col_hi - parts.col_lo).clamp(min=side), chunk):
-            values, owners, columns = _columns(self.logits, active[span], parts.select(span))
-            runs = _crossings(values, owners, columns, parts.select(span), threshold, self.image_size[0])
-            starts.append(runs.starts)
-            ends.append(runs.ends)
-            per_mask.append(runs.per_mask)
+            own = slice(stops[span.start], stops[span.stop])
+            edges = _edges(self.logits, active[span], parts.select(span), columns.select(own), threshold)
+            pieces.append(edges._replace(column=edges.column + own.start))
         counts = active.new_zeros(len(self))
-        if not starts:
+        if not pieces:
             return Runs(active.new_zeros(0), active.new_zeros(0), counts)
-        per_mask = torch.cat(per_mask)
+        runs = _crossings(_Edges(*map(torch.cat, zip(*pieces))), columns, parts, threshold, self.image_size[0])
+        per_mask = runs.per_mask
         counts[active] = per_mask
         # From the order of the chunks to that of the masks: a shift per mask, no sort of the runs.
         shifts = active.new_zeros(len(self))
         shifts[active] = per_mask.cumsum(0) - per_mask
         shifts -= counts.cumsum(0) - counts
-        starts, ends = torch.cat(starts), torch.cat(ends)
-        index = torch.arange(len(starts), device=self.device)
-        index += torch.repeat_interleave(shifts, counts, output_size=len(starts))
-        return Runs(starts.index_select(0, index), ends.index_select(0, index), counts)
+        index = torch.arange(len(runs.starts), device=self.device)
+        index += torch.repeat_interleave(shifts, counts, output_size=len(index))
+        return Runs(runs.starts.index_select(0, index), runs.ends.index_select(0, index), counts)
 
 
 class _Parts(NamedTuple):
@@ -261,8 +263,13 @@ def _foreground_parts(
     """Windows that can have foreground pixels, (B,) long, and where these can be."""
     height, width = image_size
     side = logits.shape[-1]
-    columns = _extent(_greatest(logits, 1).float() > threshold)
-    rows = _extent(_greatest(logits, 2).float() > threshold)
+    # Of several rows at once: more rows than need be cost little, a second pass over the logits more.
+    group = math.gcd(side, _ROWS)
+    greatest = _greatest(logits.unflatten(1, (-1, group)), 2)
+    columns = _extent(_greatest(greatest, 1).float() > threshold)
+    rows = _extent(_greatest(greatest, 2).float() > threshold)
+    rows[:2] *= group
+    rows[1] += group - 1
     x0, y0, x1, y1 = windows.double().unbind(1)  # double: pixel ranges are exact
     cell_w, cell_h = (x1 - x0) / side, (y1 - y0) / side
     col_lo, col_hi = _pixel_range(x0, x1, cell_w, columns, side, width)
@@ -282,7 +289,7 @@ def _greatest(x: torch.Tensor, dim: int) -> torch.Tensor:
     """x.amax(dim), by halves: on a CPU bfloat16 is compared fast and reduced slowly."""
     while x.shape[dim] % 2 == 0:
         x = torch.maximum(*x.chunk(2, dim))
-    return x.amax(dim)
+    return x.squeeze(dim) if x.shape[dim] == 1 else x.amax(dim)
 
 
 def _extent(filled: torch.Tensor) -> torch.Tensor:
@@ -326,16 +333,52 @@ def _chunks(num_rows: torch.Tensor, widths: torch.Tensor, budget: int) -> Iterat
         yield slice(start, stop)
 
 
-def _columns(
-    logits: torch.Tensor, chosen: torch.Tensor, parts: _Parts
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits interpolated along x at the image columns of a chunk.
+class _Columns(NamedTuple):
+    """The image columns of windows, window by window, all tensors (K,)."""
+
+    window: torch.Tensor  # long, which of the windows
+    at: torch.Tensor  # long, column of the image
+    left: torch.Tensor  # long, grid column whose centre is at or before the pixel's
+    right: torch.Tensor  # long, the one after it
+    weight: torch.Tensor  # float32, of the right one
+
+    def select(self, item: slice) -> "_Columns":
+        return _Columns(*(field[item] for field in self))
+
+
+def _image_columns(parts: _Parts, side: int) -> _Columns:
+    """The columns that `parts` name, and where they lie in the grid of `side` cells."""
+    widths = parts.col_hi - parts.col_lo
+    window = torch.repeat_interleave(torch.arange(len(widths), device=widths.device), widths)
+    at = torch.arange(len(window), device=widths.device) + (parts.col_lo - widths.cumsum(0) + widths)[window]
+    place = ((at + 0.5 - parts.x0[window]) / parts.cell_w[window] - 0.5).clamp_(0, side - 1)
+    left = place.floor()
+    weight = (place - left).float()
+    left = left.long()
+    return _Columns(window, at, left, (left + 1).clamp_(max=side - 1), weight)
+
+
+class _Edges(NamedTuple):
+    """Where columns enter and leave the foreground, in turn, all tensors (E,)."""
+
+    column: torch.Tensor  # long, which of the image columns
+    knot: (
+        torch.Tensor
+    )  # long, number of the grid row after the edge, counted from the window's first; _END after its last
+    before: torch.Tensor  # float32, logit at the knot before; anything for the first
+    after: torch.Tensor  # float32, logit at the knot; anything after the last
+
+
+# Past every grid row.
+_END = 2**40
+
+
+def _edges(logits: torch.Tensor, chosen: torch.Tensor, parts: _Parts, columns: _Columns, threshold: float) -> _Edges:
+    """The edges of a chunk of windows; columns are counted within the chunk.
 
     Args:
         chosen: (B,) long, which masks.
-
-    Returns:
-        values (K, G) float32 at the knots; owners (K,) long, index into the chunk; columns (K,) long, in the image.
+        parts, columns: of these.
     """
     side = logits.shape[-1]
     num_rows = int(parts.num_rows.max())
@@ -343,45 +386,37 @@ def _columns(
     knots = (parts.grid_lo[:, None] + torch.arange(num_rows, device=logits.device)).clamp(max=side - 1)
     grid = logits.reshape(-1, side).index_select(0, (chosen[:, None] * side + knots).view(-1))
     grid = grid.view(len(chosen), num_rows, side).transpose(1, 2).float().reshape(-1, num_rows)  # (B * M, G)
+    first = (columns.window - columns.window[0]) * side
+    values = grid.index_select(0, first + columns.left)
+    values.lerp_(grid.index_select(0, first + columns.right), columns.weight[:, None])  # (K, G)
 
-    widths = parts.col_hi - parts.col_lo
-    owners = torch.repeat_interleave(torch.arange(len(chosen), device=logits.device), widths)
-    columns = torch.arange(len(owners), device=logits.device) + (parts.col_lo - widths.cumsum(0) + widths)[owners]
-    at = ((columns + 0.5 - parts.x0[owners]) / parts.cell_w[owners] - 0.5).clamp_(0, side - 1)
-    left = at.floor()
-    weight = (at - left).float()[:, None]
-    left = left.long()
-    right = (left + 1).clamp_(max=side - 1)
-    values = grid.index_select(0, owners * side + left).lerp_(grid.index_select(0, owners * side + right), weight)
-    return values, owners, columns
-
-
-def _crossings(
-    values: torch.Tensor, owners: torch.Tensor, columns: torch.Tensor, parts: _Parts, threshold: float, height: int
-) -> Runs:
-    """Runs of pixels above the threshold in the columns of a chunk: shapes as _columns() returns them."""
-    num_columns, num_rows = values.shape
     # A background knot before each column and one at the very end: entering and leaving alternate along the whole.
-    above = torch.zeros(num_columns * (num_rows + 1) + 1, dtype=torch.bool, device=values.device)
-    torch.gt(values, threshold, out=above[:-1].view(num_columns, num_rows + 1)[:, 1:])
-    edges = (above[1:] != above[:-1]).nonzero()[:, 0]  # (E,)
+    above = torch.zeros(len(first) * (num_rows + 1) + 1, dtype=torch.bool, device=values.device)
+    torch.gt(values, threshold, out=above[:-1].view(-1, num_rows + 1)[:, 1:])
+    edges = (above[1:] != above[:-1]).nonzero()[:, 0]
     column = torch.div(edges, num_rows + 1, rounding_mode="floor")
-    knot = edges - column * (num_rows + 1)  # the edge is between knots knot - 1 and knot
-    after = edges - column  # position of that knot in values
-    flat = values.view(-1)
-    a = flat.index_select(0, (after - 1).clamp_(min=0)).double()
-    b = flat.index_select(0, after.clamp_(max=len(flat) - 1)).double()
-    owner = owners.index_select(0, column)
-    fraction = (threshold - a) / (b - a)
+    after = edges - column  # position of the knot in values
+    values = values.view(-1)
+    before = values.index_select(0, (after - 1).clamp_(min=0))
+    knot = edges - column * (num_rows + 1)
+    knot.masked_fill_(knot == num_rows, _END)
+    return _Edges(column, knot, before, values.index_select(0, after.clamp_(max=len(values) - 1)))
+
+
+def _crossings(edges: _Edges, columns: _Columns, parts: _Parts, threshold: float, height: int) -> Runs:
+    """Runs of pixels between edges."""
+    window = columns.window.index_select(0, edges.column)
+    before, after = edges.before.double(), edges.after.double()
+    row = edges.knot + (threshold - before) / (after - before)  # in knots from the one before the window's first
     first = parts.y0 + (parts.grid_lo - 0.5) * parts.cell_h - 0.5
-    row = first.index_select(0, owner) + (knot + fraction) * parts.cell_h.index_select(0, owner)
+    row = first.index_select(0, window) + row * parts.cell_h.index_select(0, window)
     # Above the first and below the last knot the outermost cells continue.
-    row.masked_fill_(knot == 0, -math.inf).masked_fill_(knot == num_rows, math.inf)
+    row.masked_fill_(edges.knot == 0, -math.inf).masked_fill_(edges.knot == _END, math.inf)
     enter, leave = row[0::2].floor() + 1, row[1::2].ceil()  # rows whose centre is strictly between the crossings
-    owner = owner[0::2]
-    enter = torch.maximum(enter, parts.row_lo.double().index_select(0, owner)).long()
-    leave = torch.minimum(leave, parts.row_hi.double().index_select(0, owner)).long()
+    window = window[0::2]
+    enter = torch.maximum(enter, parts.row_lo.double().index_select(0, window)).long()
+    leave = torch.minimum(leave, parts.row_hi.double().index_select(0, window)).long()
     keep = (leave > enter).nonzero()[:, 0]
-    base = columns.index_select(0, column[0::2].index_select(0, keep)) * height
-    per_mask = torch.bincount(owner.index_select(0, keep), minlength=len(parts.x0))
+    base = columns.at.index_select(0, edges.column[0::2].index_select(0, keep)) * height
+    per_mask = torch.bincount(window.index_select(0, keep), minlength=len(parts.x0))
     return Runs(base + enter.index_select(0, keep), base + leave.index_select(0, keep), per_mask)
