@@ -154,9 +154,10 @@ def benchmark_proposals(args: argparse.Namespace) -> dict:
         for compiled in (False, True)[: 1 + args.compiled]
     ]
     rates = in_turn(runs, args)
+    figures = [run.figures(rates[run.dtype]) for run in runs]
     for run in runs:
         run.close()
-    return {"rates": rates, "runs": [run.figures(rates[run.dtype]) for run in runs]}
+    return {"rates": rates, "runs": figures}
 
 
 def read_configs(args: argparse.Namespace) -> list:

@@ -18,7 +18,8 @@ from .stages import STAGES, StageClock
 
 
 class ProposalRun:
-    """One model, in one dtype, with one number of proposals: timed run by run in its own process, which waits in between."""
+    """One model, in one dtype, with one number of proposals: timed run by run in its own process, which waits in between and warms up at
+    every turn."""
 
     def __init__(self, name: str, cfg: CfgNode, image: np.ndarray, *, num_proposals: int, dtype: str, compiled: bool):
         """
@@ -38,7 +39,6 @@ class ProposalRun:
             1, mp_context=get_context("spawn"), initializer=_load, initargs=(cfg, image, dtype, compiled)
         )
         self.peak = self._process.submit(_peak).result()
-        self.operations = self._process.submit(_operations).result()
         self.laps, self.counts = [], []
 
     def __call__(self) -> None:
@@ -51,14 +51,16 @@ class ProposalRun:
         self._process.shutdown()
 
     def figures(self, rates: dict) -> dict:
-        """What all runs but the first, which warms up, have shown.
+        """What all runs but the first, which warms up, have shown; before `close`.
 
         Args:
             rates: operations per second, by what reached them (see `best_rates`).
         """
         laps = self.laps[1:]
         seconds = [sum(lap.values()) for lap in laps]
-        limit = self.operations / max(rates.values())
+        # After the runs, whose memory it would leave in pieces.
+        operations = self._process.submit(_operations).result()
+        limit = operations / max(rates.values())
         total = statistics.median(seconds)
         return {
             "model": self.name,
@@ -68,7 +70,7 @@ class ProposalRun:
             "fastest": min(seconds),
             "slowest": max(seconds),
             **{stage: statistics.median(lap.get(stage, 0.0) for lap in laps) for stage in (*STAGES, "RLE")},
-            "GFLOP": self.operations / 1e9,
+            "GFLOP": operations / 1e9,
             "limit": limit,
             "times the limit": total / limit,
             "peak MB": self.peak,
@@ -112,7 +114,8 @@ def _operations() -> int:
 
 
 def _lap() -> tuple:
-    """Seconds by stage, and the number of proposals."""
+    """Seconds by stage, and the number of proposals, of an image right after another: what a process needs to wake up is not counted."""
+    _measured.predictor(_measured.image).proposal_masks.rle()
     with StageClock(_measured.predictor.model) as clock:
         with clock.stage("windows"):
             proposals = _measured.predictor(_measured.image)
