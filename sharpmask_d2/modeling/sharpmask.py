@@ -4,6 +4,7 @@ Shape letters: B images or patches, H W height and width in pixels, Y X grid of 
 patch (window and context).
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -131,7 +132,7 @@ class SharpMaskNetwork(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in 0..255, in the network's channel order, to the trunk's input."""
         mean, std = (_row(x, images.shape[3]) for x in (self.pixel_mean, self.pixel_std))
-        return (images - mean) / std
+        return (images - mean).div_(std)
 
     def forward(self, patches: Tensor) -> tuple:
         """Scores and masks of patches.
@@ -204,21 +205,25 @@ class SharpMaskNetwork(nn.Module):
         Returns:
             (N, M, M) mask logits.
         """
+        masks = list(self.mask_batches(grid, images, ys, xs, windows_per_batch=windows_per_batch))
+        if not masks:
+            return grid.scores.new_zeros((0, self.mask_branch.mask_size, self.mask_branch.mask_size))
+        return torch.cat(masks)
+
+    def mask_batches(
+        self, grid: WindowGrid, images: Tensor, ys: Tensor, xs: Tensor, *, windows_per_batch: int
+    ) -> Iterator[Tensor]:
+        """The same batch by batch: see `masks`."""
         cuts = [
             _window_view(
                 skip, self.window_size // self.strides[name], self.stride // self.strides[name], grid.scores.shape[1:]
             )
             for name, skip in zip(self.mask_branch.skip_features, self.mask_branch.horizontal(grid.features))
         ]
-        masks = []
-        for chosen in zip(*(index.split(windows_per_batch) for index in (images, ys, xs))):
-            image, y, x = chosen
+        for image, y, x in zip(*(index.split(windows_per_batch) for index in (images, ys, xs))):
             skips = [cut[image, y, x].permute(0, 3, 1, 2) for cut in cuts]
             # Indices around a slice put the window first: N x E.
-            masks.append(self.mask_branch(grid.embeddings[image, :, y, x], skips))
-        if not masks:
-            return grid.scores.new_zeros((0, self.mask_branch.mask_size, self.mask_branch.mask_size))
-        return torch.cat(masks)
+            yield self.mask_branch(grid.embeddings[image, :, y, x], skips)
 
 
 class GivenFeatures(Backbone):

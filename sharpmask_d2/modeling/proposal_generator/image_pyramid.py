@@ -128,9 +128,12 @@ class ImagePyramid(nn.Module):
         for level, grid, (ys, xs), place in zip(levels, grids, split, places):
             if len(ys) == 0:
                 continue
-            found = self.network.masks(grid, torch.zeros_like(ys), ys, xs, windows_per_batch=self.windows_per_batch)
-            masks = found.new_empty((len(scores), *found.shape[1:])) if masks is None else masks
-            masks[place] = found
+            batches = self.network.mask_batches(
+                grid, torch.zeros_like(ys), ys, xs, windows_per_batch=self.windows_per_batch
+            )
+            for batch, own in zip(batches, place.split(self.windows_per_batch)):
+                masks = batch.new_empty((len(scores), *batch.shape[1:])) if masks is None else masks
+                masks[own] = batch
             windows[place] = cell_windows(level, ys, xs, self.network.window_size, self.network.stride)
         if self.network.resizing == "released":
             windows = corner_aligned(windows, masks.shape[-1])
