@@ -10,11 +10,11 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
 from sharpmask_d2 import add_sharpmask_config
 from sharpmask_d2.modeling.backbone import ResNetTrunk, TimmTrunk, VGGTrunk
+from sharpmask_d2.modeling.blocks import conv_blocks, conv_upsampled, from_blocks, to_blocks
 from sharpmask_d2.modeling.heads import HEADS, CoarseMask, WindowHead
 from sharpmask_d2.modeling.layers import (
     EvenSameConv2d,
     MirroredConv2d,
-    conv_upsampled,
     fold_batch_norm,
     mirror_pad,
     use_mirrored_padding,
@@ -620,14 +620,51 @@ def test_use_mirrored_padding_returns_the_module():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_a_convolution_of_an_upsampled_map_needs_no_upsampling(dtype, mirrored):
+@pytest.mark.parametrize(("blocks", "upsampled"), [(1, False), (1, True), (2, False), (2, True), (3, False), (4, True)])
+def test_a_convolution_in_blocks_is_that_of_the_map(dtype, mirrored, blocks, upsampled):
     torch.manual_seed(0)
-    conv, x = nn.Conv2d(3, 2, 3, padding=1).to(dtype), torch.randn(2, 3, 5, 4, dtype=dtype, requires_grad=True)
+    conv = nn.Conv2d(3, 2, 3, padding=1).to(dtype)
+    x = torch.randn(2, 3, 2 * blocks, blocks, dtype=dtype, requires_grad=True)
     conv = MirroredConv2d(conv) if mirrored else conv
-    expected = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-    found = conv_upsampled(x, conv)
+    expected = conv(F.interpolate(x, scale_factor=2, mode="nearest") if upsampled else x)
+    found = conv_blocks(to_blocks(x, blocks), conv, blocks=blocks, upsampled=upsampled)
+    found = from_blocks(found, 2 * blocks if upsampled else blocks)
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    if (blocks, upsampled) == (1, True):
+        assert torch.equal(conv_upsampled(x, conv), found)
     gradients = [torch.autograd.grad((y.float() ** 2).sum(), [x, *conv.parameters()]) for y in (expected, found)]
     for slow, fast in zip(*gradients):
         torch.testing.assert_close(fast, slow, atol=tolerance * slow.abs().max().item(), rtol=tolerance)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_maps_that_are_no_whole_blocks_end_with_zeros(layout):
+    x = torch.randn(2, 3, 5, 8).contiguous(memory_format=layout)
+    found = to_blocks(x, 3)
+    assert found.shape == (2, 27, 2, 3)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(from_blocks(found, 3), F.pad(x, (0, 1, 0, 1)))
+    # The second cell of the first row: its pixel in row 2, column 0 is that at (2, 3) of the map.
+    torch.testing.assert_close(found[:, 2 * 9 : 2 * 9 + 3, 0, 1], x[:, :, 2, 3])
+
+
+def test_refinement_is_the_same_in_blocks_and_without():
+    features = {"a": ShapeSpec(channels=8, stride=8), "b": ShapeSpec(channels=6, stride=4)}
+    options = {"features": features, "embed_dim": 5, "window_size": 32, "channels": 8, "schedule": "b"}
+    options |= {"vertical_convs": 2, "horizontal_convs": 3, "upsampling": "nearest"}
+    torch.manual_seed(0)
+    blocked, plain = (SharpMaskRefinement(**options, form=form).eval() for form in ("refactored", "concatenated"))
+    plain.load_state_dict(blocked.state_dict(), strict=False)
+    for ours, theirs in zip(blocked.steps, plain.steps):
+        concatenate(ours, theirs)
+    assert (blocked.blocks, blocked.skip_strides) == (2, [8, 8])
+    assert (plain.blocks, plain.skip_strides) == (1, [8, 4])
+    embeddings = torch.randn(3, 5)
+    maps = {"a": torch.randn(3, 8, 4, 4), "b": torch.randn(3, 6, 8, 8)}
+    with torch.no_grad():
+        found, expected = (net(embeddings, net.horizontal(maps)) for net in (blocked, plain))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        blocked.blocks = 1
+        torch.testing.assert_close(blocked(embeddings, blocked.horizontal(maps)), expected, atol=1e-5, rtol=1e-4)
+    assert found.shape == (3, 16, 16)

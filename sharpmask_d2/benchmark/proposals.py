@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from ..caching import keep_between_images
 from ..modeling.inference import autocast
 from ..modeling.layers import fold_batch_norm
+from ..modeling.refinement import SharpMaskRefinement
 from ..predictor import ProposalPredictor, load_model, prepare_image
 from .limits import count_operations
 from .memory import forget_peak, peak_megabytes
@@ -108,6 +109,10 @@ def _operations() -> int:
     # The tracer sees neither into a compiled model nor into fused convolutions.
     torch.manual_seed(0)
     plain = fold_batch_norm(load_model(_measured.cfg).eval())
+    for module in plain.modules():
+        if isinstance(module, SharpMaskRefinement):
+            # In blocks it would count products with zeros.
+            module.blocks = 1
     predictor = _measured.predictor
     with autocast(_measured.device, predictor.dtype):
         return count_operations(plain, [prepare_image(_measured.image, predictor.resize, predictor.cfg)])

@@ -96,7 +96,7 @@ class WindowHead(nn.Module):
 class CoarseMask(nn.Module):
     """DeepMask's mask: one linear layer from a window's embedding (DeepMask, section 3.1)."""
 
-    skip_features = ()
+    skip_features = skip_strides = ()
 
     def __init__(self, *, embed_dim: int, mask_size: int):
         """

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def mirror_pad(x: Tensor, padding: tuple) -> Tensor:
+def mirror_pad(x: Tensor, padding: tuple, *, blocks: int = 1) -> Tensor:
     """Continue a map beyond its borders by mirroring it, the edge included (cba|abc|cba).
 
     Its gradient is that of the released code, which takes the border for a constant: what flows into the border is dropped.
@@ -16,65 +16,51 @@ def mirror_pad(x: Tensor, padding: tuple) -> Tensor:
     Args:
         x: (B, C, H, W).
         padding: (left, right, top, bottom) in cells, each at most the side it extends.
+        blocks: if the map is in blocks (see `blocks.to_blocks`), `padding` is one cell on all sides, of which only the pixels next to the
+            map mirror it.
 
     Returns:
         (B, C, top + H + bottom, left + W + right).
     """
     if not any(padding):
         return x
-    return _MirrorPad.apply(x, padding) if x.requires_grad and torch.is_grad_enabled() else _mirror(x, padding)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _MirrorPad.apply(x, padding, blocks)
+    return _mirror(x, padding, blocks)
 
 
-def _mirror(x: Tensor, padding: tuple) -> Tensor:
+def _mirror(x: Tensor, padding: tuple, blocks: int) -> Tensor:
     if max(padding) == 1:
         # On a CPU, autocast would do this in float32.
         with torch.autocast(x.device.type, enabled=False):
-            return F.pad(x, padding, mode="replicate")
+            x = F.pad(x, padding, mode="replicate")
+        return _turn_borders(x, blocks) if blocks > 1 else x
     left, right, top, bottom = padding
     x = torch.cat([x[..., :left].flip(3), x, x[..., x.shape[3] - right :].flip(3)], dim=3)
     return torch.cat([x[:, :, :top].flip(2), x, x[:, :, x.shape[2] - bottom :].flip(2)], dim=2)
 
 
+def _turn_borders(x: Tensor, blocks: int) -> Tensor:
+    """In place: the pixels of the outermost cells that lie next to the map become those of the map that they lie next to."""
+    pixels = x.permute(0, 2, 3, 1).unflatten(3, (blocks, blocks, -1))  # B, H, W, row and column in the block, C
+    pixels[:, :, 0, :, -1] = pixels[:, :, 1, :, 0]
+    pixels[:, :, -1, :, 0] = pixels[:, :, -2, :, -1]
+    pixels[:, 0, :, -1] = pixels[:, 1, :, 0]
+    pixels[:, -1, :, 0] = pixels[:, -2, :, -1]
+    return x
+
+
 class _MirrorPad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, padding: tuple) -> Tensor:
+    def forward(ctx, x: Tensor, padding: tuple, blocks: int) -> Tensor:
         ctx.padding = padding
-        return _mirror(x, padding)
+        return _mirror(x, padding, blocks)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
         left, right, top, bottom = ctx.padding
         height, width = gradient.shape[2:]
-        return gradient[:, :, top : height - bottom, left : width - right], None
-
-
-def conv_upsampled(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """`conv` of a map that nearest neighbours make twice as large, without making it: each of the four outputs that share a cell of `x` is
-    a 3x3 convolution of `x` whose weights are sums of those of `conv`.
-
-    Args:
-        x: (B, C, H, W).
-        conv: 3x3, stride 1, with a bias and a border of one cell: of zeros, or mirrored (`MirroredConv2d`).
-
-    Returns:
-        (B, C', 2 H, 2 W), channels last in memory.
-    """
-    taps = conv.weight.new_tensor(_UPSAMPLED_TAPS)
-    # The four outputs before the channels, so that what is rearranged below are whole pixels.
-    weight = torch.einsum("apy,bqx,oiyx->aboipq", taps, taps, conv.weight).flatten(0, 2)
-    mirrored = isinstance(conv, MirroredConv2d)
-    outputs = F.conv2d(
-        mirror_pad(x, conv.border) if mirrored else x,
-        weight.to(x.dtype).contiguous(memory_format=torch.channels_last),
-        conv.bias.repeat(4).to(x.dtype),
-        padding=0 if mirrored else 1,
-    )
-    pixels = outputs.permute(0, 2, 3, 1).unflatten(3, (2, -1)).transpose(2, 3)
-    return pixels.flatten(1, 2).unflatten(3, (2, -1)).flatten(2, 3).permute(0, 3, 1, 2)
-
-
-# For both outputs along an axis and each of the cells before, at and after theirs: which taps of the kernel fall on that cell.
-_UPSAMPLED_TAPS = [[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]]
+        return gradient[:, :, top : height - bottom, left : width - right], None, None
 
 
 class Successor(nn.Conv2d):

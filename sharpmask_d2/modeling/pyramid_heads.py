@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocks import conv_upsampled
 from .feature_table import FeatureTable
-from .layers import conv_upsampled
 from .refinement import module_channels
 
 # Side of a mask before refinement (FPN, section 6).

@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from .layers import MirroredConv2d, conv_upsampled
+from .blocks import conv_blocks, conv_upsampled, from_blocks, to_blocks
+from .layers import MirroredConv2d
 
 # Width of the first convolution on the skip path, as released; a stride-2 feature gets half.
 _SKIP_WIDTH = 64
+# Maps of at most so many channels are kept in blocks of 2 x 2 pixels.
+_FEW_CHANNELS = 4
 
 
 def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -89,16 +92,25 @@ class RefinementModule(nn.Module):
         # No Sequential: the first convolution may read a map that is not upsampled yet.
         self.vertical, self.horizontal = nn.ModuleList(vertical), horizontal
 
-    def forward(self, encoding: Tensor, skip: Tensor) -> Tensor:
+    def forward(self, encoding: Tensor, skip: Tensor, *, blocks: int = 1) -> Tensor:
         """
         Args:
             encoding: (N, k, m, m), M; or of half the side: what the module before gave, upsampled here.
             skip: (N, *, m, m), what `horizontal` made of F.
+            blocks: 2 if the skip feature is in blocks of 2 x 2 pixels (`blocks.to_blocks`), and the result shall be: in the refactored
+                form, where the encoding is upsampled by nearest neighbours.
 
         Returns:
             (N, k', m, m), not yet upsampled.
         """
         layers = list(self.vertical)
+        if blocks > 1:
+            encoding = conv_blocks(encoding, layers.pop(0), blocks=1, upsampled=True)
+            for layer in layers:
+                encoding = (
+                    layer(encoding) if isinstance(layer, nn.ReLU) else conv_blocks(encoding, layer, blocks=blocks)
+                )
+            return (encoding + skip).relu_()
         if encoding.shape[-1] < skip.shape[-1]:
             encoding = _upsample(encoding, self.upsampling, then=layers.pop(0) if layers else None)
         for layer in layers:
@@ -144,9 +156,15 @@ class _FromEmbedding(nn.Module):
                     f"which is not half of the {coarse.stride} before it"
                 )
         self.skip_features = tuple(features)
+        self.strides = [spec.stride for spec in specs]
         self.side = window_size // specs[0].stride
         self.mask_size = 2 * window_size // specs[-1].stride
         self.start = nn.Linear(embed_dim, channels * self.side * self.side)
+
+    @property
+    def skip_strides(self) -> list:
+        """Pixels of the image along a cell of each map that `horizontal` returns."""
+        return self.strides
 
     def first(self, embeddings: Tensor) -> Tensor:
         """(N, E) -> (N, k, K, K)."""
@@ -194,6 +212,13 @@ class SharpMaskRefinement(_FromEmbedding):
             for feature, k, k_next in zip(features.values(), widths, widths[1:])
         )
         self.to_mask, self.upsampling = _conv3x3(widths[-1], 1), upsampling
+        # The last module has the largest maps, of the fewest channels: they are kept in blocks of `blocks` pixels a side, 1 for not at all.
+        can = form == "refactored" and upsampling == "nearest" and len(features) > 1
+        self.blocks = 2 if can and widths[-2] <= _FEW_CHANNELS else 1
+
+    @property
+    def skip_strides(self) -> list:
+        return [*self.strides[:-1], self.strides[-1] * self.blocks]
 
     def horizontal(self, features: dict) -> list:
         """Run the skip path, once per image.
@@ -202,9 +227,10 @@ class SharpMaskRefinement(_FromEmbedding):
             features: name -> (B, k_f, h, w).
 
         Returns:
-            list of (B, *, h, w), coarse to fine.
+            list of (B, *, h, w), coarse to fine, cells of which are `skip_strides` pixels wide.
         """
-        return [module.horizontal(features[name]) for name, module in zip(self.skip_features, self.steps)]
+        maps = [module.horizontal(features[name]) for name, module in zip(self.skip_features, self.steps)]
+        return [*maps[:-1], to_blocks(maps[-1], self.blocks)]
 
     def forward(self, embeddings: Tensor, skips: list) -> Tensor:
         """
@@ -216,8 +242,12 @@ class SharpMaskRefinement(_FromEmbedding):
             (N, M, M) mask logits of the windows.
         """
         encoding = self.first(embeddings)
-        for module, skip in zip(self.steps, skips):
+        for module, skip in zip(self.steps[:-1], skips):
             encoding = module(encoding, skip)
+        encoding = self.steps[-1](encoding, skips[-1], blocks=self.blocks)
+        if self.blocks > 1:
+            masks = conv_blocks(encoding, self.to_mask, blocks=self.blocks, upsampled=True)
+            return from_blocks(masks, 2 * self.blocks)[:, 0]
         return _upsample(encoding, self.upsampling, then=self.to_mask)[:, 0]
 
 

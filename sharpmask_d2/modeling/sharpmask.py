@@ -215,10 +215,8 @@ class SharpMaskNetwork(nn.Module):
     ) -> Iterator[Tensor]:
         """The same batch by batch: see `masks`."""
         cuts = [
-            _window_view(
-                skip, self.window_size // self.strides[name], self.stride // self.strides[name], grid.scores.shape[1:]
-            )
-            for name, skip in zip(self.mask_branch.skip_features, self.mask_branch.horizontal(grid.features))
+            _window_view(skip, self.window_size // stride, self.stride // stride, grid.scores.shape[1:])
+            for stride, skip in zip(self.mask_branch.skip_strides, self.mask_branch.horizontal(grid.features))
         ]
         for image, y, x in zip(*(index.split(windows_per_batch) for index in (images, ys, xs))):
             skips = [cut[image, y, x].permute(0, 3, 1, 2) for cut in cuts]
