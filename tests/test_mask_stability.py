@@ -80,13 +80,14 @@ def test_the_key_lowers_scores_on_image_pyramids(tiny_cfg):
     image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     found = []
 
-    def drawn(grid, images, ys, xs, **_):
-        return torch.cat([cones([2.0 + (y + x) % 4]).logits for y, x in zip(ys.tolist(), xs.tolist())])
+    def drawn(grid, images, ys, xs, *, windows_per_batch):
+        for batch in (ys + xs).split(windows_per_batch):
+            yield cones([2.0 + number % 4 for number in batch.tolist()]).logits
 
     for tiny_cfg.MODEL.SHARPMASK.TEST.MASK_STABILITY in (False, True):
         torch.manual_seed(0)
         predictor = ProposalPredictor(tiny_cfg)
-        predictor.model.pyramid.network.masks = drawn
+        predictor.model.pyramid.network.mask_batches = drawn
         proposals = predictor(image)
         windows = [tuple(window) for window in proposals.proposal_masks.windows.tolist()]
         probabilities = proposals.objectness_logits.double().sigmoid()

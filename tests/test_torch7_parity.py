@@ -14,6 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from sharpmask_d2.checkpoint.torch7_conversion import convert_torch7, save_torch7_model
 from sharpmask_d2.compute import build_config
+from sharpmask_d2.modeling.blocks import from_blocks
 from sharpmask_d2.modeling.windows import pyramid_levels
 from torch.nn.functional import interpolate
 
@@ -89,7 +90,13 @@ def test_patches_through_every_stage_of_sharpmask(pyramids, patches):
     for i, step in enumerate(branch.steps, start=1):
         modules.update({f"horizontal{i}": step.horizontal, f"vertical{i}": step.vertical[-1], f"module{i}": step})
     outputs = record(modules)
+    blocks = branch.blocks
+    _, in_blocks = network(pixels(network, patches["patches"]))
+    compare("sharpmask: sharpmask_mask160, in blocks", in_blocks, patches["sharpmask_mask160"])
+    # Stage by stage in plain maps, as the original's.
+    branch.blocks = 1
     scores, masks = network(pixels(network, patches["patches"]))
+    branch.blocks = blocks
     for i in (1, 2, 3):
         # What ours leaves to the next module.
         outputs[f"module{i}"] = interpolate(outputs[f"module{i}"], scale_factor=2, mode="nearest")
@@ -103,8 +110,14 @@ def test_patches_through_every_stage_of_sharpmask(pyramids, patches):
 def test_horizontal_nets_of_a_full_image(pyramids, image):
     network = pyramids["sharpmask"].network
     grid = network.grid(pixels(network, image["padded_input_scale3"]))
-    for i, output in enumerate(network.mask_branch.horizontal(grid.features), start=1):
-        compare(f"sharpmask: horizontal{i}_scale3", output, image[f"horizontal{i}_scale3"])
+    *plain, last = network.mask_branch.horizontal(grid.features)
+    last = from_blocks(last, network.mask_branch.blocks)
+    for i, output in enumerate([*plain, last], start=1):
+        reference = image[f"horizontal{i}_scale3"]
+        # Blocks end with a row or column of zeros where the map has an odd side.
+        height, width = reference.shape[-2:]
+        assert max(output.shape[2] - height, output.shape[3] - width) <= (output is last)
+        compare(f"sharpmask: horizontal{i}_scale3", output[:, :, :height, :width].contiguous(), reference)
 
 
 @torch.no_grad()
