@@ -2,7 +2,7 @@ import pytest
 import torch
 from sharpmask_d2.modeling.backbone.resnet import ResNetTrunk
 from sharpmask_d2.modeling.backbone.timm import TimmTrunk
-from sharpmask_d2.modeling.fused import FusedBottleneck, FusedConv2d, can_fuse, fuse_convolutions
+from sharpmask_d2.modeling.fused import FusedBottleneck, FusedConv2d, FusedLinear, can_fuse, fuse_layers
 from sharpmask_d2.modeling.inference import autocast, prepare_for_inference
 from sharpmask_d2.modeling.layers import MirroredConv2d, fold_batch_norm
 from sharpmask_d2.modeling.refinement import RefinementModule
@@ -45,7 +45,7 @@ def test_fused_trunks_are_the_same_function(kind, count, left, padding, layout):
     given = images.clone()
     expected = trunk(images)
     names = set(trunk.state_dict())
-    found = fuse_convolutions(trunk)(images)
+    found = fuse_layers(trunk)(images)
     assert torch.equal(images, given)
     # A feature that was overwritten by the block after it would show.
     for name, feature in expected.items():
@@ -80,7 +80,7 @@ def test_what_follows_is_fused_only_where_it_is_known_to_follow():
     with torch.no_grad():
         expected = sequence(x)
         assert sequence[1](conv(x)).max() == 6
-        found = fuse_convolutions(sequence)(x)
+        found = fuse_layers(sequence)(x)
     torch.testing.assert_close(found, expected)
     assert [type(m).__name__ for m in sequence] == ["FusedConv2d", "Identity", "Conv2d", "SiLU", "MirroredConv2d"]
 
@@ -92,8 +92,8 @@ def test_what_follows_is_fused_only_where_it_is_known_to_follow():
         def forward(self, x):
             return self.relu(self.conv(self.relu(x)))
 
-    assert not _fused(fuse_convolutions(Block()))
-    assert not _fused(fuse_convolutions(nn.ModuleList([nn.Conv2d(3, 3, 1), nn.ReLU()])))
+    assert not _fused(fuse_layers(Block()))
+    assert not _fused(fuse_layers(nn.ModuleList([nn.Conv2d(3, 3, 1), nn.ReLU()])))
 
 
 @pytest.mark.parametrize("upsampled", [False, True])
@@ -107,7 +107,7 @@ def test_a_refinement_module_is_fused_on_its_skip_path_alone(upsampled):
     feature = torch.randn(3, 16, 10, 10)
     with torch.no_grad():
         expected = module(encoding, module.horizontal(feature))
-        fuse_convolutions(module)
+        fuse_layers(module)
         found = module(encoding, module.horizontal(feature))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert len(_fused(module)) == len(_fused(module.horizontal)) == 2
@@ -115,6 +115,31 @@ def test_a_refinement_module_is_fused_on_its_skip_path_alone(upsampled):
 
 def test_bottlenecks_with_a_norm_stay_as_they_are():
     trunk = ResNetTrunk(depth=50, stride_in_1x1=True, norm="FrozenBN", padding="zeros", out_features=["res2"])
-    fuse_convolutions(trunk)
+    fuse_layers(trunk)
     assert not _fused(trunk)
     assert not any(isinstance(m, FusedBottleneck) for m in trunk.modules())
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 5), (7, 5), (2, 3, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_are_the_same_function(shape, bias):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(5, 6, bias=bias), nn.ReLU(), nn.Linear(6, 4)).requires_grad_(False)
+    x = torch.randn(shape)
+    # As it comes out of a map of other layout.
+    x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    expected = layers(x)
+    found = fuse_layers(layers)(x)
+    assert [type(m) for m in layers] == [FusedLinear, nn.ReLU, FusedLinear]
+    torch.testing.assert_close(found, expected)
+
+
+@needs_bfloat16
+def test_linear_layers_take_the_dtype_of_their_weights():
+    linear = nn.Linear(64, 32).requires_grad_(False)
+    x = torch.randn(9, 64)
+    with autocast(torch.device("cpu"), "bfloat16"):
+        expected = linear(x)
+        found = prepare_for_inference(nn.Sequential(linear), "bfloat16")(x)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)

@@ -6,7 +6,7 @@ import torch
 from detectron2.modeling.backbone import Backbone
 from torch import nn
 
-from .fused import can_fuse, fuse_convolutions
+from .fused import can_fuse, fuse_layers
 from .layers import fold_batch_norm
 
 DTYPES = ("float32", "bfloat16")
@@ -16,7 +16,8 @@ def prepare_for_inference(model: nn.Module, dtype: str = "float32", *, compiled:
     """Change a model in place into one that computes the same in evaluation, faster: see `autocast` for how it is then called.
 
     Batch norms are merged into convolutions. For "bfloat16" the weights that autocast would cast for every image are cast once. On a CPU
-    convolutions apply the ReLU after them (`fused.fuse_convolutions`), so that the model stays there. It has no gradients.
+    convolutions apply the ReLU after them and oneDNN computes linear layers (`fused.fuse_layers`), so that the model stays there. It has
+    no gradients.
 
     Args:
         model: with its weights.
@@ -37,7 +38,7 @@ def prepare_for_inference(model: nn.Module, dtype: str = "float32", *, compiled:
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.to(torch.bfloat16)
     if not compiled and next(model.parameters()).device.type == "cpu" and can_fuse(getattr(torch, dtype)):
-        fuse_convolutions(model)
+        fuse_layers(model)
     if compiled:
         backbones = [name for name, module in model.named_modules() if isinstance(module, Backbone)]
         for name in backbones:
