@@ -13,7 +13,7 @@ import cv2
 import pytest
 import torch
 from sharpmask_d2 import model_zoo
-from sharpmask_d2.benchmark import STAGES, StageClock, best_rates, count_operations, draw_objects
+from sharpmask_d2.benchmark import STAGES, StageClock, best_rates, count_operations, draw_objects, growth
 from sharpmask_d2.benchmark import stages as stages_module
 from sharpmask_d2.engine import Trainer
 from torch import nn
@@ -179,12 +179,10 @@ def test_the_tool_measures_evaluation(tmp_path, monkeypatch):
 def test_the_tool_draws_how_time_grows(tiny_cfg, tmp_path, monkeypatch):
     config, picture = tmp_path / "tiny.yaml", tmp_path / "growth.png"
     config.write_text(tiny_cfg.dump())
-    tool = runpy.run_path(str(TOOL))
     for name, value in {"SIZES": ((48, 64), (96, 128)), "COUNTS": (3, 5), "BATCHES": (1, 2)}.items():
-        monkeypatch.setitem(tool["parse_args"].__globals__, name, value)
-    arguments = ["growth", "--config-file", str(config), "--plot", str(picture), "--repeat", "1"]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
-    (curve,) = tool["benchmark_growth"](tool["parse_args"]())["curves"]
+        monkeypatch.setattr(growth, name, value)
+    arguments = ["growth", "--config-file", config, "--plot", picture]
+    (curve,) = run_tool(monkeypatch, tmp_path, *arguments)["curves"]
     points = {
         axis: [at for at, _ in curve[axis]] for axis in ("megapixels", "scales", "proposals", "images in a batch")
     }
