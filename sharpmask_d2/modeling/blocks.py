@@ -3,8 +3,6 @@
 Shape letters: B batch, C channels, H W height and width in pixels, P pixels along a block, h w in cells of P x P pixels.
 """
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,9 +41,9 @@ def conv_blocks(x: Tensor, conv: nn.Conv2d, *, blocks: int, upsampled: bool = Fa
         (B, P P C', h, w), with 2 P in the place of P if upsampled; channels last in memory.
     """
     after = 2 * blocks if upsampled else blocks
-    taps = conv.weight.new_tensor(_taps(blocks, after))
+    taps = _taps(blocks, after, conv.weight.device).to(conv.weight.dtype)
     # Pixels before the channels, so that what `from_blocks` rearranges are whole pixels.
-    weight = torch.einsum("pyqt,rxsu,oitu->prqsoiyx", taps, taps, conv.weight).permute(0, 1, 4, 2, 3, 5, 6, 7)
+    weight = torch.einsum("pyqt,rxsu,oitu->proqsiyx", taps, taps, conv.weight)
     mirrored = isinstance(conv, MirroredConv2d)
     return F.conv2d(
         mirror_pad(x, conv.border, blocks=blocks) if mirrored else x,
@@ -60,13 +58,13 @@ def conv_upsampled(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return from_blocks(conv_blocks(x, conv, blocks=1, upsampled=True), 2)
 
 
-@cache
-def _taps(before: int, after: int) -> list:
+def _taps(before: int, after: int, device: torch.device) -> Tensor:
     """Along an axis, for each output of a block of `after`: for the cells before, at and after it, for each of the `before` pixels of that
-    cell, which of the kernel's three taps fall on it, as 0 or 1."""
-    taps = [[[[0, 0, 0] for _ in range(before)] for _ in range(3)] for _ in range(after)]
-    for pixel in range(after):
-        for tap in range(3):
-            cell, place = divmod(pixel + tap - 1, after)
-            taps[pixel][cell + 1][place * before // after][tap] = 1
-    return taps
+    cell, whether each of the kernel's three taps falls on it: (after, 3, before, 3) bool. Made on the device, which need not wait for it."""
+    cells, pixels = torch.arange(3, device=device), torch.arange(before, device=device)
+    places = (
+        torch.arange(after, device=device)[:, None] + cells - 1
+    )  # after x 3, the first pixel of the block's own cell is 0
+    cell = torch.div(places, after, rounding_mode="floor") + 1
+    pixel = places.remainder(after) * before // after
+    return (cell[:, None, None] == cells[:, None, None]) & (pixel[:, None, None] == pixels[:, None])
