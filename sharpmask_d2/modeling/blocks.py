@@ -60,7 +60,7 @@ def conv_upsampled(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 def _taps(before: int, after: int, device: torch.device) -> Tensor:
     """Along an axis, for each output of a block of `after`: for the cells before, at and after it, for each of the `before` pixels of that
-    cell, whether each of the kernel's three taps falls on it: (after, 3, before, 3) bool. Made on the device, which need not wait for it."""
+    cell, whether each of the three taps falls on it: (after, 3, before, 3) bool. Made on the device, which need not wait for it."""
     cells, pixels = torch.arange(3, device=device), torch.arange(before, device=device)
     places = (
         torch.arange(after, device=device)[:, None] + cells - 1
