@@ -5,6 +5,7 @@ By the operators that torch.compile emits for oneDNN; for inference on a CPU.
 Shape letters: B batch, C channels, H W height and width, F features.
 """
 
+from collections.abc import Sequence
 from typing import Optional
 
 import torch
@@ -22,13 +23,17 @@ def can_fuse(dtype: torch.dtype) -> bool:
     return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def fuse_layers(module: nn.Module) -> nn.Module:
+def fuse_layers(module: nn.Module, *, leave: Sequence = ()) -> nn.Module:
     """Let, in place, every convolution below `module` that is known to be followed by a ReLU or ReLU6 apply it, and oneDNN compute linear
     layers: the same function, without gradients.
 
     Known are those that hold it as `activation` (Detectron2), those in an nn.Sequential, those whose batch norm was merged into them
     (`layers.fold_batch_norm`) and Detectron2's bottlenecks. Call it where `can_fuse`, on the CPU, after batch norms are merged. Returns
     `module`.
+
+    Args:
+        module: anything.
+        leave: modules whose layers stay as they are.
     """
     previous, previous_name = None, ""
     for name, child in list(module.named_children()):
@@ -43,8 +48,8 @@ def fuse_layers(module: nn.Module) -> nn.Module:
             setattr(module, name, FusedLinear(child))
         elif type(child) is BottleneckBlock and all(map(_is_plain, (child.conv1, child.conv2, child.conv3))):
             setattr(module, name, FusedBottleneck(child))
-        else:
-            fuse_layers(child)
+        elif not any(child is left for left in leave):
+            fuse_layers(child, leave=leave)
         previous, previous_name = child, name
     return module
 

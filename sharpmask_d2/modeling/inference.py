@@ -37,16 +37,19 @@ def prepare_for_inference(model: nn.Module, dtype: str = "float32", *, compiled:
         for module in model.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.to(torch.bfloat16)
-    if not compiled and next(model.parameters()).device.type == "cpu" and can_fuse(getattr(torch, dtype)):
-        fuse_layers(model)
-    if compiled:
-        backbones = [name for name, module in model.named_modules() if isinstance(module, Backbone)]
-        for name in backbones:
-            # Not those that are part of another.
-            if not any(name.startswith(other + ".") for other in backbones):
-                module = model.get_submodule(name)
-                module.forward = torch.compile(module.forward, dynamic=False, options={"freezing": True})
+    backbones = _backbones(model) if compiled else []
+    if next(model.parameters()).device.type == "cpu" and can_fuse(getattr(torch, dtype)):
+        # The compiler does it itself, in what it sees.
+        fuse_layers(model, leave=backbones)
+    for backbone in backbones:
+        backbone.forward = torch.compile(backbone.forward, dynamic=False, options={"freezing": True})
     return model
+
+
+def _backbones(model: nn.Module) -> list:
+    """Backbones that are not part of another."""
+    names = [name for name, module in model.named_modules() if isinstance(module, Backbone)]
+    return [model.get_submodule(name) for name in names if not any(name.startswith(other + ".") for other in names)]
 
 
 def autocast(device: torch.device, dtype: str):
