@@ -1,5 +1,6 @@
 import pytest
 import torch
+from detectron2.modeling.backbone.resnet import BottleneckBlock
 from sharpmask_d2.modeling.backbone.resnet import ResNetTrunk
 from sharpmask_d2.modeling.backbone.timm import TimmTrunk
 from sharpmask_d2.modeling.fused import FusedBottleneck, FusedConv2d, FusedLinear, can_fuse, fuse_layers
@@ -143,3 +144,23 @@ def test_linear_layers_take_the_dtype_of_their_weights():
         found = prepare_for_inference(nn.Sequential(linear), "bfloat16")(x)
     assert found.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
+def test_no_regions_of_interest_are_no_error(dtype):
+    blocks = _trunk("R50", "zeros").stages[1]
+    with autocast(torch.device("cpu"), dtype):
+        found = prepare_for_inference(nn.Sequential(blocks), dtype)(torch.zeros(0, 256, 14, 14))
+    assert found.shape == (0, 512, 7, 7)
+
+
+def test_a_bottleneck_without_projection_leaves_the_input_of_its_stage():
+    torch.manual_seed(0)
+    blocks = [BottleneckBlock(8, 8, bottleneck_channels=4, norm="") for _ in range(2)]
+    stage = nn.Sequential(*blocks).requires_grad_(False)
+    assert [block.shortcut for block in blocks] == [None, None]
+    x = torch.randn(1, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    given, expected = x.clone(), stage(x)
+    torch.testing.assert_close(fuse_layers(stage)(x), expected)
+    assert torch.equal(x, given)
+    assert [type(block) for block in stage] == [BottleneckBlock, FusedBottleneck]

@@ -36,9 +36,10 @@ def fuse_layers(module: nn.Module, *, leave: Sequence = ()) -> nn.Module:
         leave: modules whose layers stay as they are.
     """
     previous, previous_name = None, ""
+    in_order = type(module) is nn.Sequential
     for name, child in list(module.named_children()):
         activation = child.activation if isinstance(child, MergedNorm) else child
-        follows = isinstance(child, MergedNorm) or type(module) is nn.Sequential
+        follows = isinstance(child, MergedNorm) or in_order
         if follows and _is_plain(previous) and _post_operation(activation):
             setattr(module, previous_name, FusedConv2d(previous, activation))
             setattr(module, name, nn.Identity())
@@ -46,7 +47,10 @@ def fuse_layers(module: nn.Module, *, leave: Sequence = ()) -> nn.Module:
             setattr(module, name, FusedConv2d(child, child.activation))
         elif type(child) is nn.Linear:
             setattr(module, name, FusedLinear(child))
-        elif type(child) is BottleneckBlock and all(map(_is_plain, (child.conv1, child.conv2, child.conv3))):
+        elif _is_plain_bottleneck(child) and (
+            child.shortcut is not None or (in_order and _is_plain_bottleneck(previous))
+        ):
+            # Without a projection it overwrites its input, which is then the output of the block before it, and of use to nothing else.
             setattr(module, name, FusedBottleneck(child))
         elif not any(child is left for left in leave):
             fuse_layers(child, leave=leave)
@@ -66,6 +70,10 @@ def _is_known(conv) -> bool:
 
 def _is_plain(conv) -> bool:
     return _is_known(conv) and _own_activation(conv) is None
+
+
+def _is_plain_bottleneck(block) -> bool:
+    return type(block) is BottleneckBlock and all(map(_is_plain, (block.conv1, block.conv2, block.conv3)))
 
 
 def _own_activation(conv):
@@ -109,14 +117,14 @@ class FusedConv2d(Successor):
         x = mirror_pad(x, self.border)
         arguments = x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
         name, numbers = self.post_operation
-        if plus is None:
+        # Of no images, which are RoIs, the operator does not know the sum.
+        if plus is None or len(plus) == 0:
             return torch.ops.mkldnn._convolution_pointwise(*arguments, name, numbers, "")
         return torch.ops.mkldnn._convolution_pointwise_.binary(plus, *arguments, "add", 1.0, name, numbers, "")
 
 
 class FusedBottleneck(nn.Module):
-    """Detectron2's bottleneck of fused convolutions. Without a projection its input is overwritten: it is the block before it alone that
-    made it, as stages of bottlenecks begin with a projection."""
+    """Detectron2's bottleneck of fused convolutions. Without a projection it overwrites its input."""
 
     def __init__(self, block: BottleneckBlock):
         """
