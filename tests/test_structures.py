@@ -177,13 +177,32 @@ def test_windows_without_area_are_empty():
 
 @pytest.mark.parametrize("budget", [1, 5000])
 def test_chunks_do_not_matter(monkeypatch, budget):
-    masks = draw_masks(4)
-    expected = masks.encode()
+    expected = draw_masks(4).encode()
     monkeypatch.setattr(window_masks, "CHUNK_CPU", budget)
-    boxes, areas, rle = masks.encode()
+    boxes, areas, rle = draw_masks(4).encode()
     assert torch.equal(boxes.tensor, expected[0].tensor)
     assert torch.equal(areas, expected[1])
     assert rle == expected[2]
+
+
+@pytest.mark.parametrize("share", [0.0, 100.0])
+def test_masks_are_the_same_at_grid_rows_and_at_pixel_rows(monkeypatch, share):
+    expected = draw_masks(6).encode()
+    counted = []
+    at_pixels = window_masks._pixel_rows
+
+    def counting(logits, chosen, *arguments):
+        counted.extend(chosen.tolist())
+        return at_pixels(logits, chosen, *arguments)
+
+    monkeypatch.setattr(window_masks, "_FEW_PIXELS", share)
+    monkeypatch.setattr(window_masks, "_pixel_rows", counting)
+    boxes, areas, rle = draw_masks(6).encode()
+    assert torch.equal(boxes.tensor, expected[0].tensor)
+    assert torch.equal(areas, expected[1])
+    assert rle == expected[2]
+    # Of those that were looked at, all or none.
+    assert set(counted) >= set(areas.nonzero()[:, 0].tolist()) if share else not counted
 
 
 def test_methods_agree_with_encode():

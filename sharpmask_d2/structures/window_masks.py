@@ -4,12 +4,13 @@ Shape letters:
     N: window masks         M: side of the logit grid
     H, W: image height and width
     B: windows of a chunk   K: image columns of all windows of a chunk
-    G: grid rows (knots) a chunk needs at most          E: edges, where a column enters or leaves the foreground
+    G: knots a chunk needs at most          E: edges, where a column enters or leaves the foreground
 
 How masks become runs: bilinear interpolation is separable. Interpolated along x only, each image column is a
 piecewise linear function of y whose knots are the grid rows. Where it crosses the threshold follows from the two
 knots beside the crossing, so that pixels are never looked at: a column costs G knots, not its height, and the boxes,
 areas, RLEs and bitmaps all come from the same runs and agree to the pixel.
+Small windows have fewer pixel rows than grid rows: there the knots are the pixel rows, interpolated along y before.
 """
 
 import math
@@ -29,6 +30,8 @@ CHUNK_CPU = 2**19
 CHUNK_DEVICE = 2**24
 # Grid rows whose foreground is looked for together, at most; a power of two.
 _ROWS = 8
+# Windows with fewer pixel rows than this share of their grid rows are interpolated at pixel rows, the others at grid rows.
+_FEW_PIXELS = 0.75
 
 
 class WindowMasks:
@@ -214,19 +217,30 @@ class WindowMasks:
         threshold = float(torch.tensor(self.threshold, dtype=torch.float32))
         active, parts = _foreground_parts(self.logits, self.windows, self.image_size, threshold)
         side = self.logits.shape[-1]
-        order = parts.num_rows.argsort()  # windows of a chunk share G
-        active, parts = active[order], parts.select(order)
+        few = parts.row_hi - parts.row_lo < _FEW_PIXELS * parts.num_rows
+        knots = torch.where(few, parts.row_hi - parts.row_lo, parts.num_rows)
+        order = (knots + 2 * side * few).argsort()  # windows of a chunk share G, and what their knots are
+        active, parts, few, knots = active[order], parts.select(order), few[order], knots[order]
         columns = _image_columns(parts, side)
         pieces = []
         chunk = CHUNK_CPU if self.device.type == "cpu" else CHUNK_DEVICE
         stops = [0, *(parts.col_hi - parts.col_lo).cumsum(0).tolist()]
-        for span in _chunks(parts.num_rows, (parts.col_hi - parts.col_lo).clamp(min=side), chunk):
+        split = len(few) - int(few.sum())
+        for span in _chunks(knots, (parts.col_hi - parts.col_lo).clamp(min=side), chunk, split):
             own = slice(stops[span.start], stops[span.stop])
-            edges = _edges(self.logits, active[span], parts.select(span), columns.select(own), threshold)
+            at_knots = _pixel_rows if span.start >= split else _grid_rows
+            grid = at_knots(self.logits, active[span], parts.select(span), int(knots[span.stop - 1]))
+            edges = _edges(grid, columns.select(own), side, threshold)
             pieces.append(edges._replace(column=edges.column + own.start))
         counts = active.new_zeros(len(self))
         if not pieces:
             return Runs(active.new_zeros(0), active.new_zeros(0), counts)
+        # Pixel rows as knots: the one before a window's first is that before its first pixel row.
+        parts = parts._replace(
+            y0=torch.where(few, parts.row_lo.double(), parts.y0),
+            cell_h=torch.where(few, 1.0, parts.cell_h),
+            grid_lo=torch.where(few, 0, parts.grid_lo),
+        )
         runs = _crossings(_Edges(*map(torch.cat, zip(*pieces))), columns, parts, threshold, self.image_size[0])
         per_mask = runs.per_mask
         counts[active] = per_mask
@@ -318,8 +332,8 @@ def _pixel_range(
     return first.clamp(0, size), after.clamp(0, size)
 
 
-def _chunks(num_rows: torch.Tensor, widths: torch.Tensor, budget: int) -> Iterator[slice]:
-    """Cuts windows, ordered by their num_rows (B,), into chunks of about `budget` knots.
+def _chunks(num_rows: torch.Tensor, widths: torch.Tensor, budget: int, split: int) -> Iterator[slice]:
+    """Cuts windows, ordered by their num_rows (B,) before and from number `split` on, into chunks of about `budget` knots.
 
     A chunk also ends where num_rows passes a power of two, so that padding to the greatest at most doubles its size.
     """
@@ -328,6 +342,8 @@ def _chunks(num_rows: torch.Tensor, widths: torch.Tensor, budget: int) -> Iterat
     filled = torch.div((num_rows * widths).cumsum(0), budget, rounding_mode="floor")
     octave = torch.frexp(num_rows.float() - 0.5).exponent
     cuts = (filled[1:] != filled[:-1]) | (octave[1:] != octave[:-1])
+    if 0 < split < len(num_rows):
+        cuts[split - 1] = True
     stops = cuts.nonzero()[:, 0].add(1).tolist() + [len(num_rows)]
     for start, stop in zip([0] + stops[:-1], stops):
         yield slice(start, stop)
@@ -373,19 +389,46 @@ class _Edges(NamedTuple):
 _END = 2**40
 
 
-def _edges(logits: torch.Tensor, chosen: torch.Tensor, parts: _Parts, columns: _Columns, threshold: float) -> _Edges:
-    """The edges of a chunk of windows; columns are counted within the chunk.
+def _grid_rows(logits: torch.Tensor, chosen: torch.Tensor, parts: _Parts, num_rows: int) -> torch.Tensor:
+    """Grid rows of a chunk of windows as knots: (B * M, G) float32, grid column by grid column.
 
     Args:
         chosen: (B,) long, which masks.
-        parts, columns: of these.
+        parts: of these.
+        num_rows: G.
     """
     side = logits.shape[-1]
-    num_rows = int(parts.num_rows.max())
     # Knots past a window's own: those of rows without visible foreground, or its last again. Neither adds an edge.
-    knots = (parts.grid_lo[:, None] + torch.arange(num_rows, device=logits.device)).clamp(max=side - 1)
-    grid = logits.reshape(-1, side).index_select(0, (chosen[:, None] * side + knots).view(-1))
-    grid = grid.view(len(chosen), num_rows, side).transpose(1, 2).float().reshape(-1, num_rows)  # (B * M, G)
+    rows = (parts.grid_lo[:, None] + torch.arange(num_rows, device=logits.device)).clamp(max=side - 1)
+    grid = logits.reshape(-1, side).index_select(0, (chosen[:, None] * side + rows).view(-1))
+    return grid.view(len(chosen), num_rows, side).transpose(1, 2).float().reshape(-1, num_rows)
+
+
+def _pixel_rows(logits: torch.Tensor, chosen: torch.Tensor, parts: _Parts, num_rows: int) -> torch.Tensor:
+    """Pixel rows as knots, interpolated: see `_grid_rows`."""
+    side = logits.shape[-1]
+    pixels = parts.row_lo[:, None] + torch.arange(num_rows, device=logits.device)
+    pixels = torch.minimum(pixels, parts.row_hi[:, None] - 1)  # past a window's own: its last again
+    place = ((pixels + 0.5 - parts.y0[:, None]) / parts.cell_h[:, None] - 0.5).clamp_(0, side - 1).view(-1)
+    above = place.floor()
+    weight = (place - above).float()[:, None]
+    above = above.long()
+    first = (chosen * side).repeat_interleave(num_rows, output_size=len(above))
+    rows = logits.reshape(-1, side)
+    grid = rows.index_select(0, first + above).float()
+    grid = grid.lerp(rows.index_select(0, first + (above + 1).clamp_(max=side - 1)).float(), weight)
+    return grid.view(len(chosen), num_rows, side).transpose(1, 2).reshape(-1, num_rows)
+
+
+def _edges(grid: torch.Tensor, columns: _Columns, side: int, threshold: float) -> _Edges:
+    """The edges of a chunk of windows; columns are counted within the chunk.
+
+    Args:
+        grid: (B * M, G) of `_grid_rows` or `_pixel_rows`.
+        columns: of these windows.
+        side: M.
+    """
+    num_rows = grid.shape[1]
     first = (columns.window - columns.window[0]) * side
     values = grid.index_select(0, first + columns.left)
     values.lerp_(grid.index_select(0, first + columns.right), columns.weight[:, None])  # (K, G)
