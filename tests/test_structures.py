@@ -185,6 +185,12 @@ def test_chunks_do_not_matter(monkeypatch, budget):
     assert rle == expected[2]
 
 
+def test_a_chunk_has_knots_of_one_kind():
+    knots, widths = torch.tensor([5, 6, 7, 5, 6]), torch.ones(5, dtype=torch.long)
+    for split, expected in {0: [(0, 5)], 2: [(0, 2), (2, 5)], 5: [(0, 5)]}.items():
+        assert [(c.start, c.stop) for c in window_masks._chunks(knots, widths, 1000, split)] == expected
+
+
 @pytest.mark.parametrize("share", [0.0, 100.0])
 def test_masks_are_the_same_at_grid_rows_and_at_pixel_rows(monkeypatch, share):
     expected = draw_masks(6).encode()
