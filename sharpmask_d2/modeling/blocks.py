@@ -62,9 +62,8 @@ def _taps(before: int, after: int, device: torch.device) -> Tensor:
     """Along an axis, for each output of a block of `after`: for the cells before, at and after it, for each of the `before` pixels of that
     cell, whether each of the three taps falls on it: (after, 3, before, 3) bool. Made on the device, which need not wait for it."""
     cells, pixels = torch.arange(3, device=device), torch.arange(before, device=device)
-    places = (
-        torch.arange(after, device=device)[:, None] + cells - 1
-    )  # after x 3, the first pixel of the block's own cell is 0
+    # after x 3; the first pixel of the block's own cell is 0.
+    places = torch.arange(after, device=device)[:, None] + cells - 1
     cell = torch.div(places, after, rounding_mode="floor") + 1
     pixel = places.remainder(after) * before // after
     return (cell[:, None, None] == cells[:, None, None]) & (pixel[:, None, None] == pixels[:, None])
