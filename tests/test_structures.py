@@ -256,6 +256,17 @@ def test_long_counts_in_a_large_image():
     assert encode_runs(runs, (height, width)) == expected
 
 
+@pytest.mark.parametrize("side", [40_000, 60_000])
+def test_counts_of_more_pixels_than_fit_in_memory(side):
+    # Counts that shrink and grow by more than 2**24, 2**30 and, in the greater image, 2**31 pixels.
+    counts = [5, 2**24, 7, 2, 2**24 + 9, 2**30 + 1, 3, 1]
+    counts.append(side**2 - sum(counts))
+    edges = torch.tensor(counts).cumsum(0)
+    runs = Runs(edges[0:-1:2], edges[1::2], torch.tensor([4]))
+    expected = coco_mask.frPyObjects({"size": [side, side], "counts": counts}, side, side)
+    assert encode_runs(runs, (side, side)) == [expected]
+
+
 def test_pasting_some():
     masks = draw_masks(8, count=4)
     everything = masks.paste()

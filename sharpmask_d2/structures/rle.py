@@ -91,7 +91,8 @@ def _join(runs: Runs) -> Runs:
     owners = runs.owners()
     broken = torch.ones(len(owners) + 1, dtype=torch.bool, device=owners.device)  # is there a break before run r?
     broken[1:-1] = (runs.ends[:-1] != runs.starts[1:]) | (owners[:-1] != owners[1:])
-    first, last = (where.nonzero()[:, 0] for where in (broken[:-1], broken[1:]))
+    breaks = broken.nonzero()[:, 0]
+    first, last = breaks[:-1], breaks[1:] - 1
     per_mask = torch.bincount(owners.index_select(0, first), minlength=len(runs.per_mask))
     return Runs(runs.starts.index_select(0, first), runs.ends.index_select(0, last), per_mask)
 
@@ -109,16 +110,14 @@ def _counts(runs: Runs, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     full[some] = runs.ends[stops[some] - 1] == length
     per_mask = 2 * runs.per_mask + (~full).long()
     last = per_mask.cumsum(0) - 1  # (N,) index of each mask's last count
-    owners = runs.owners()
     # Runs before it come with two edges each, masks before it with a tail edge each unless full.
-    index = 2 * torch.arange(len(owners), device=owners.device) + ((~full).cumsum(0) - (~full).long())[owners]
+    tails = torch.repeat_interleave((~full).cumsum(0) - (~full).long(), runs.per_mask, output_size=len(runs.starts))
+    index = torch.arange(0, 2 * len(tails), 2, device=tails.device) + tails
     dtype = torch.int32 if length < 2**31 else torch.int64
-    edges = torch.empty(
-        int(last[-1]) + 1 if len(last) else 0, dtype=dtype, device=owners.device
-    )  # where colours change
+    num_edges = int(last[-1]) + 1 if len(last) else 0
+    edges = torch.empty(num_edges, dtype=dtype, device=tails.device)  # where colours change
     edges[last] = length  # a full mask ends there as well
-    edges[index] = runs.starts.to(dtype)
-    edges[index + 1] = runs.ends.to(dtype)
+    edges.scatter_(0, index, runs.starts.to(dtype)).scatter_(0, index + 1, runs.ends.to(dtype))
     counts = edges.clone()
     counts[1:] -= edges[:-1]
     begin = last + 1 - per_mask
@@ -140,19 +139,18 @@ def _compress(counts: torch.Tensor, per_mask: torch.Tensor) -> tuple[bytes, torc
         begin = begins[per_mask > i] + i
         delta[begin] = counts[begin]
     # n groups hold the numbers from -2^(5n-1) to 2^(5n-1) - 1: the top bit of the last group is the sign.
-    size = torch.where(delta < 0, ~delta, delta)
-    groups = torch.ones_like(per_mask).new_ones(len(delta))
+    size = delta ^ (delta >> (8 * delta.element_size() - 1))
     greatest = int(size.max()) if len(size) else 0
+    more = torch.zeros_like(delta)  # groups after the first
     bits = 4
     while greatest >> bits:
-        groups += size >= 2**bits
+        more += (size >> bits).clamp_(max=1)
         bits += 5
-    text_stops = groups.cumsum(0)
+    text_stops = (more + 1).cumsum(0)
     text = torch.empty(int(text_stops[-1]) if len(delta) else 0, dtype=torch.uint8, device=counts.device)
-    place = text_stops - groups
+    place = text_stops - 1 - more
     while len(delta):
-        more = groups > 1
-        text.scatter_(0, place, ((delta & 31) + 32 * more + 48).to(torch.uint8))
+        text.scatter_(0, place, ((delta & 31) + 48 + 32 * more.clamp(max=1)).to(torch.uint8))
         rest = more.nonzero()[:, 0]
-        delta, place, groups = (x.index_select(0, rest) for x in (delta >> 5, place + 1, groups - 1))
+        delta, place, more = (x.index_select(0, rest) for x in (delta >> 5, place + 1, more - 1))
     return text.cpu().numpy().tobytes(), text_stops[stops - 1].cpu()

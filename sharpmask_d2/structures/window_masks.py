@@ -230,7 +230,7 @@ class WindowMasks:
             own = slice(stops[span.start], stops[span.stop])
             at_knots = _pixel_rows if span.start >= split else _grid_rows
             grid = at_knots(self.logits, active[span], parts.select(span), int(knots[span.stop - 1]))
-            edges = _edges(grid, columns.select(own), side, threshold)
+            edges = _edges(grid, columns.select(own), threshold)
             pieces.append(edges._replace(column=edges.column + own.start))
         counts = active.new_zeros(len(self))
         if not pieces:
@@ -279,9 +279,9 @@ def _foreground_parts(
     side = logits.shape[-1]
     # Of several rows at once: more rows than need be cost little, a second pass over the logits more.
     group = math.gcd(side, _ROWS)
-    greatest = _greatest(logits.unflatten(1, (-1, group)), 2)
-    columns = _extent(_greatest(greatest, 1).float() > threshold)
-    rows = _extent(_greatest(greatest, 2).float() > threshold)
+    greatest = _greatest(logits.unflatten(1, (-1, group)), 2).float()
+    columns = _extent(greatest.amax(1) > threshold)
+    rows = _extent(greatest.amax(2) > threshold)
     rows[:2] *= group
     rows[1] += group - 1
     x0, y0, x1, y1 = windows.double().unbind(1)  # double: pixel ranges are exact
@@ -300,10 +300,12 @@ def _foreground_parts(
 
 
 def _greatest(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """x.amax(dim), by halves: on a CPU bfloat16 is compared fast and reduced slowly."""
-    while x.shape[dim] % 2 == 0:
-        x = torch.maximum(*x.chunk(2, dim))
-    return x.squeeze(dim) if x.shape[dim] == 1 else x.amax(dim)
+    """x.amax(dim) for few entries: on a CPU two tensors are compared faster than one is reduced."""
+    first, *others = x.unbind(dim)
+    greatest = first.clone()
+    for other in others:
+        torch.maximum(greatest, other, out=greatest)
+    return greatest
 
 
 def _extent(filled: torch.Tensor) -> torch.Tensor:
@@ -375,22 +377,16 @@ def _image_columns(parts: _Parts, side: int) -> _Columns:
 
 
 class _Edges(NamedTuple):
-    """Where columns enter and leave the foreground, in turn, all tensors (E,)."""
+    """Where columns enter and leave the foreground, in pairs: R runs of knots."""
 
-    column: torch.Tensor  # long, which of the image columns
-    knot: (
-        torch.Tensor
-    )  # long, number of the grid row after the edge, counted from the window's first; _END after its last
-    before: torch.Tensor  # float32, logit at the knot before; anything for the first
-    after: torch.Tensor  # float32, logit at the knot; anything after the last
-
-
-# Past every grid row.
-_END = 2**40
+    column: torch.Tensor  # (R,) long, which of the image columns
+    knot: torch.Tensor  # (R, 2) long, number of the knot after the edge, counted from the window's first
+    before: torch.Tensor  # (R, 2) float32, logit at the knot before
+    after: torch.Tensor  # (R, 2) float32, logit at the knot
 
 
 def _grid_rows(logits: torch.Tensor, chosen: torch.Tensor, parts: _Parts, num_rows: int) -> torch.Tensor:
-    """Grid rows of a chunk of windows as knots: (B * M, G) float32, grid column by grid column.
+    """Grid rows of a chunk of windows as knots: (B, G, M).
 
     Args:
         chosen: (B,) long, which masks.
@@ -401,7 +397,7 @@ def _grid_rows(logits: torch.Tensor, chosen: torch.Tensor, parts: _Parts, num_ro
     # Knots past a window's own: those of rows without visible foreground, or its last again. Neither adds an edge.
     rows = (parts.grid_lo[:, None] + torch.arange(num_rows, device=logits.device)).clamp(max=side - 1)
     grid = logits.reshape(-1, side).index_select(0, (chosen[:, None] * side + rows).view(-1))
-    return grid.view(len(chosen), num_rows, side).transpose(1, 2).float().reshape(-1, num_rows)
+    return grid.view(len(chosen), num_rows, side)
 
 
 def _pixel_rows(logits: torch.Tensor, chosen: torch.Tensor, parts: _Parts, num_rows: int) -> torch.Tensor:
@@ -417,49 +413,46 @@ def _pixel_rows(logits: torch.Tensor, chosen: torch.Tensor, parts: _Parts, num_r
     rows = logits.reshape(-1, side)
     grid = rows.index_select(0, first + above).float()
     grid = grid.lerp(rows.index_select(0, first + (above + 1).clamp_(max=side - 1)).float(), weight)
-    return grid.view(len(chosen), num_rows, side).transpose(1, 2).reshape(-1, num_rows)
+    return grid.view(len(chosen), num_rows, side)
 
 
-def _edges(grid: torch.Tensor, columns: _Columns, side: int, threshold: float) -> _Edges:
+def _edges(grid: torch.Tensor, columns: _Columns, threshold: float) -> _Edges:
     """The edges of a chunk of windows; columns are counted within the chunk.
 
     Args:
-        grid: (B * M, G) of `_grid_rows` or `_pixel_rows`.
+        grid: (B, G, M) of `_grid_rows` or `_pixel_rows`.
         columns: of these windows.
-        side: M.
     """
-    num_rows = grid.shape[1]
-    first = (columns.window - columns.window[0]) * side
-    values = grid.index_select(0, first + columns.left)
-    values.lerp_(grid.index_select(0, first + columns.right), columns.weight[:, None])  # (K, G)
-
+    num_windows, num_rows, side = grid.shape
     # A background knot before each column and one at the very end: entering and leaving alternate along the whole.
-    above = torch.zeros(len(first) * (num_rows + 1) + 1, dtype=torch.bool, device=values.device)
-    torch.gt(values, threshold, out=above[:-1].view(-1, num_rows + 1)[:, 1:])
-    edges = (above[1:] != above[:-1]).nonzero()[:, 0]
-    column = torch.div(edges, num_rows + 1, rounding_mode="floor")
-    after = edges - column  # position of the knot in values
-    values = values.view(-1)
-    before = values.index_select(0, (after - 1).clamp_(min=0))
-    knot = edges - column * (num_rows + 1)
-    knot.masked_fill_(knot == num_rows, _END)
-    return _Edges(column, knot, before, values.index_select(0, after.clamp_(max=len(values) - 1)))
+    # At the threshold itself: edges beside it lie at the knot before the first or at the one after the last.
+    knots = grid.new_full((num_windows, side, num_rows + 1), threshold, dtype=torch.float32)
+    knots[:, :, 1:] = grid.transpose(1, 2)
+    knots = knots.view(-1, num_rows + 1)
+    first = (columns.window - columns.window[0]) * side
+    values = knots.new_full((len(first) * (num_rows + 1) + 1,), threshold)
+    along = torch.index_select(knots, 0, first + columns.left, out=values[:-1].view(-1, num_rows + 1))
+    along.lerp_(knots.index_select(0, first + columns.right), columns.weight[:, None])  # (K, G + 1)
+
+    above = values > threshold
+    before = (above[1:] != above[:-1]).nonzero()[:, 0]
+    column = torch.div(before[0::2], num_rows + 1, rounding_mode="floor")
+    knot = before.view(-1, 2) - (column * (num_rows + 1))[:, None]
+    sides = [values.index_select(0, at).view(-1, 2) for at in (before, before + 1)]
+    return _Edges(column, knot, *sides)
 
 
 def _crossings(edges: _Edges, columns: _Columns, parts: _Parts, threshold: float, height: int) -> Runs:
     """Runs of pixels between edges."""
+    before = edges.before.double()
+    row = (threshold - before) / (edges.after - before) + edges.knot  # from the knot before the window's first
     window = columns.window.index_select(0, edges.column)
-    before, after = edges.before.double(), edges.after.double()
-    row = edges.knot + (threshold - before) / (after - before)  # in knots from the one before the window's first
     first = parts.y0 + (parts.grid_lo - 0.5) * parts.cell_h - 0.5
-    row = first.index_select(0, window) + row * parts.cell_h.index_select(0, window)
-    # Above the first and below the last knot the outermost cells continue.
-    row.masked_fill_(edges.knot == 0, -math.inf).masked_fill_(edges.knot == _END, math.inf)
-    enter, leave = row[0::2].floor() + 1, row[1::2].ceil()  # rows whose centre is strictly between the crossings
-    window = window[0::2]
+    row = first.index_select(0, window)[:, None] + row * parts.cell_h.index_select(0, window)[:, None]
+    enter, leave = row[:, 0].floor() + 1, row[:, 1].ceil()  # rows whose centre is strictly between the crossings
     enter = torch.maximum(enter, parts.row_lo.double().index_select(0, window)).long()
     leave = torch.minimum(leave, parts.row_hi.double().index_select(0, window)).long()
     keep = (leave > enter).nonzero()[:, 0]
-    base = columns.at.index_select(0, edges.column[0::2].index_select(0, keep)) * height
+    base = columns.at.index_select(0, edges.column.index_select(0, keep)) * height
     per_mask = torch.bincount(window.index_select(0, keep), minlength=len(parts.x0))
     return Runs(base + enter.index_select(0, keep), base + leave.index_select(0, keep), per_mask)
