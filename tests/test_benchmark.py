@@ -15,6 +15,7 @@ import torch
 from sharpmask_d2 import model_zoo
 from sharpmask_d2.benchmark import STAGES, StageClock, best_rates, count_operations, draw_objects, growth
 from sharpmask_d2.benchmark import stages as stages_module
+from sharpmask_d2.benchmark.proposals import summarize
 from sharpmask_d2.engine import Trainer
 from torch import nn
 
@@ -112,8 +113,8 @@ def test_operations_of_packaged_models_are_counted(name):
 def test_rates_are_of_the_work_done(monkeypatch):
     from sharpmask_d2.benchmark import limits
 
-    monkeypatch.setattr(limits, "_MATRIX_SIDE", 64)
-    monkeypatch.setattr(limits, "_CONV", {"batch": 1, "channels": 8, "side": 16})
+    monkeypatch.setitem(limits._MATRIX_SIDE, "cpu", 64)
+    monkeypatch.setitem(limits._CONV, "cpu", {"batch": 1, "channels": 8, "side": 16})
     monkeypatch.setattr(limits, "_fastest", lambda work, device, repeat: (work(), 0.5)[1])
     rates = best_rates(torch.device("cpu"), torch.float32)
     assert rates == {"matrix product": 2 * 64**3 / 0.5, "3x3 convolution": 2 * 9 * 8 * 8 * 16 * 16 / 0.5}
@@ -122,21 +123,31 @@ def test_rates_are_of_the_work_done(monkeypatch):
 def test_the_tool_measures_models_in_turn(tiny_cfg, tmp_path, monkeypatch, capsys):
     config, output = tmp_path / "tiny.yaml", tmp_path / "figures.json"
     config.write_text(tiny_cfg.dump())
-    arguments = ["--config-file", config, "--dtype", "bfloat16", "--num-proposals", "5", "9"]
+    arguments = ["--config-file", config, "--dtype", "bfloat16", "--num-proposals", "5", "9", "--batch-size", "1", "2"]
     arguments += ["--image-size", "64", "96", "--repeat", "2", "--output", output]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "proposals", *map(str, arguments)])
     runpy.run_path(str(TOOL), run_name="__main__")
     assert "| tiny    | bfloat16 |" in capsys.readouterr().out
     figures = json.loads(output.read_text())
     runs = figures["runs"]
-    assert [(run["dtype"], run["proposals"]) for run in runs] == [("bfloat16", 5), ("bfloat16", 9)]
+    measured = [(run["proposals"], run["batch"]) for run in runs if run["dtype"] == "bfloat16"]
+    assert measured == [(5, 1), (5, 2), (9, 1), (9, 2)]
     for run in runs:
         assert run["fastest"] <= run["seconds"] <= run["slowest"]
         assert run["limit"] == pytest.approx(run["GFLOP"] * 1e9 / max(figures["rates"][run["dtype"]].values()))
         assert run["GFLOP"] > 0
         assert run["peak MB"] >= 0
-    # More windows are refined.
-    assert runs[1]["GFLOP"] > runs[0]["GFLOP"]
+    # More windows are refined; more images of a batch are not more operations of an image.
+    assert runs[2]["GFLOP"] > runs[1]["GFLOP"] == runs[0]["GFLOP"]
+
+
+def test_batches_are_measured_by_the_image():
+    laps = [{"trunk": seconds, "RLE": 2.0} for seconds in (8.0, 6.0, 10.0)]
+    figures = summarize(laps, 4, 6e9, {"matrix product": 1e9, "3x3 convolution": 3e9})
+    expected = {"seconds": 2.5, "fastest": 2, "slowest": 3, "trunk": 2, "score": 0, "RLE": 0.5, "limit": 2}
+    assert {name: figures[name] for name in expected} == expected
+    assert figures["times the limit"] == 1.25
+    assert figures["images per second"] == 0.5
 
 
 def test_a_detector_is_told_where_it_belongs(monkeypatch):

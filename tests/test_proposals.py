@@ -144,6 +144,18 @@ def test_predictor_checks_the_image_and_the_architecture(tiny_cfg):
         ProposalPredictor(cfg)
 
 
+def test_a_batch_of_a_predictor_has_the_proposals_of_its_images(tiny_cfg):
+    predictor = ProposalPredictor(tiny_cfg)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in [(60, 80), (50, 90)]]
+    together = predictor.of_batch(images)
+    assert [proposals.image_size for proposals in together] == [(60, 80), (50, 90)]
+    for image, proposals in zip(images, together):
+        alone = predictor(image)
+        torch.testing.assert_close(proposals.objectness_logits, alone.objectness_logits)
+        assert torch.equal(proposals.proposal_boxes.tensor, alone.proposal_boxes.tensor)
+
+
 def test_proposals_are_in_the_frame_of_the_original_image(tiny_cfg):
     model = build_model(tiny_cfg).eval()
     image = torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(0)) * 255

@@ -14,7 +14,8 @@ floating-point operations, counted by fvcore, over the best rate that a large ma
 has three times those of its forward pass, or less where layers are frozen. `growth` shows how seconds per image grow with the image's
 area, the scales of an image pyramid, the number of proposals and that of images in a batch.
 
-Set OMP_NUM_THREADS for the number of threads; `sampler` uses one process and one thread, which is what a worker has.
+It all runs on a GPU where there is one, unless MODEL.DEVICE says otherwise: append MODEL.DEVICE cpu. Set OMP_NUM_THREADS for the
+number of threads; `sampler` uses one process and one thread, which is what a worker has.
 """
 
 import argparse
@@ -74,6 +75,7 @@ def parse_args() -> argparse.Namespace:
     evaluation.add_argument("--num-proposals", type=int, default=1000)
     evaluation.add_argument("--num-objects", type=int, default=10)
     proposals.add_argument("--num-proposals", type=int, nargs="+", default=[0], help="default: that of the config")
+    proposals.add_argument("--batch-size", type=int, nargs="+", default=[1], help="images that are measured together")
     detector.add_argument("--weights", help="checkpoint; without it, random weights, whatever the config says")
     detector.add_argument("--num-proposals", type=int, help="default: that of the config")
     detector.add_argument("--dtype", default="float32", **dtypes)
@@ -88,8 +90,8 @@ def parse_args() -> argparse.Namespace:
     for command in (sampler, proposals, growth, training, detector):
         command.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values: KEY VALUE ...")
     args = parser.parse_args()
-    if getattr(args, "batches", 1) < 1 or getattr(args, "repeat", 1) < 1:
-        parser.error("--batches and --repeat must be at least 1")
+    if min(getattr(args, "batches", 1), getattr(args, "repeat", 1), *getattr(args, "batch_size", [1])) < 1:
+        parser.error("--batches, --batch-size and --repeat must be at least 1")
     files = getattr(args, "config_file", None)
     if isinstance(files, list) and not files + getattr(args, "model", []):
         parser.error("name a --model or a --config-file")
@@ -121,10 +123,11 @@ def benchmark_sampler(args: argparse.Namespace) -> dict:
 def benchmark_proposals(args: argparse.Namespace) -> dict:
     image = draw_image(*args.image_size).permute(1, 2, 0).numpy()
     runs = [
-        ProposalRun(name, cfg, image, num_proposals=count, dtype=dtype, compiled=compiled)
+        ProposalRun(name, cfg, image, num_proposals=count, dtype=dtype, compiled=compiled, batch_size=batch_size)
         for name, cfg in read_configs(args)
         for dtype in args.dtype
         for count in args.num_proposals
+        for batch_size in args.batch_size
         for compiled in (False, True)[: 1 + args.compiled]
     ]
     figures = figures_in_turn(runs, args)
@@ -140,7 +143,8 @@ def benchmark_training(args: argparse.Namespace) -> dict:
 
 
 def figures_in_turn(runs: list, args: argparse.Namespace) -> dict:
-    rates = in_turn(runs, args.dtype, device=torch.device(model_zoo.device()), repeat=args.repeat)
+    device = torch.device(setup(None, args.opts).MODEL.DEVICE)
+    rates = in_turn(runs, args.dtype, device=device, repeat=args.repeat)
     return {"rates": rates, "runs": [run.figures(rates[run.dtype]) for run in runs]}
 
 

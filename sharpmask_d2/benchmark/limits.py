@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from detectron2.utils.analysis import FlopCountAnalysis
 
-# Large enough to be bound by arithmetic, small enough to take a fraction of a second.
-_MATRIX_SIDE = 2048
-_CONV = {"batch": 2, "channels": 256, "side": 64}
+# By type of device: large enough to be bound by arithmetic, small enough to take a fraction of a second.
+_MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
+_CONV = {"cpu": {"batch": 2, "channels": 256, "side": 64}, "cuda": {"batch": 64, "channels": 256, "side": 64}}
 
 
 def count_operations(model, inputs: list) -> int:
@@ -35,13 +35,14 @@ def best_rates(device: torch.device, dtype: torch.dtype, *, repeat: int = 5) -> 
     Returns:
         {"matrix product": rate, "3x3 convolution": rate}.
     """
-    a, b = (torch.randn(_MATRIX_SIDE, _MATRIX_SIDE, device=device, dtype=dtype) for _ in range(2))
-    channels, side = _CONV["channels"], _CONV["side"]
-    x = torch.randn(_CONV["batch"], channels, side, side, device=device, dtype=dtype)
+    matrix_side, conv = _MATRIX_SIDE[device.type], _CONV[device.type]
+    a, b = (torch.randn(matrix_side, matrix_side, device=device, dtype=dtype) for _ in range(2))
+    channels, side = conv["channels"], conv["side"]
+    x = torch.randn(conv["batch"], channels, side, side, device=device, dtype=dtype)
     weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     works = {
-        "matrix product": (2 * _MATRIX_SIDE**3, lambda: a @ b),
+        "matrix product": (2 * matrix_side**3, lambda: a @ b),
         "3x3 convolution": (2 * 9 * channels * x.numel(), lambda: F.conv2d(x, weight, padding=1)),
     }
     return {name: operations / _fastest(work, device, repeat) for name, (operations, work) in works.items()}

@@ -19,10 +19,20 @@ from .stages import STAGES, StageClock
 
 
 class ProposalRun:
-    """One model, in one dtype, with one number of proposals: timed run by run in its own process, which waits in between and warms up at
-    every turn."""
+    """One model, in one dtype, with one number of proposals and one of images in a batch: timed run by run in its own process, which waits
+    in between and warms up at every turn."""
 
-    def __init__(self, name: str, cfg: CfgNode, image: np.ndarray, *, num_proposals: int, dtype: str, compiled: bool):
+    def __init__(
+        self,
+        name: str,
+        cfg: CfgNode,
+        image: np.ndarray,
+        *,
+        num_proposals: int,
+        dtype: str,
+        compiled: bool,
+        batch_size: int,
+    ):
         """
         Args:
             name: for the figures.
@@ -30,14 +40,16 @@ class ProposalRun:
             image: (H, W, 3) uint8, BGR; resized as the config says, which counts as making the pyramid.
             num_proposals: most proposals, 0: those of the config.
             dtype, compiled: see `ProposalPredictor`.
+            batch_size: how often the image is in a batch.
         """
         self.name, self.dtype = f"{name}, compiled" if compiled else name, dtype
+        self.batch_size = batch_size
         cfg = cfg.clone()
         cfg.defrost()
         if num_proposals:
             cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = num_proposals
         self._process = ProcessPoolExecutor(
-            1, mp_context=get_context("spawn"), initializer=_load, initargs=(cfg, image, dtype, compiled)
+            1, mp_context=get_context("spawn"), initializer=_load, initargs=(cfg, image, dtype, compiled, batch_size)
         )
         self.peak = self._process.submit(_peak).result()
         self.laps, self.counts = [], []
@@ -57,32 +69,50 @@ class ProposalRun:
         Args:
             rates: operations per second, by what reached them (see `best_rates`).
         """
-        laps = self.laps[1:]
-        seconds = [sum(lap.values()) for lap in laps]
         # After the runs, whose memory it would leave in pieces.
         operations = self._process.submit(_operations).result()
-        limit = operations / max(rates.values())
-        total = statistics.median(seconds)
         return {
             "model": self.name,
             "dtype": self.dtype,
+            "batch": self.batch_size,
             "proposals": self.counts[-1],
-            "seconds": total,
-            "fastest": min(seconds),
-            "slowest": max(seconds),
-            **{stage: statistics.median(lap.get(stage, 0.0) for lap in laps) for stage in (*STAGES, "RLE")},
-            "GFLOP": operations / 1e9,
-            "limit": limit,
-            "times the limit": total / limit,
+            **summarize(self.laps[1:], self.batch_size, operations, rates),
             "peak MB": self.peak,
         }
+
+
+def summarize(laps: list, batch_size: int, operations: int, rates: dict) -> dict:
+    """Figures of an image from the laps of a batch.
+
+    Args:
+        laps: stage -> seconds of a batch, of each lap.
+        batch_size: images of a batch.
+        operations: floating-point operations of an image.
+        rates: see `ProposalRun.figures`.
+
+    Returns:
+        medians by image, "images per second" of which without RLE, and "limit", the seconds that the operations take.
+    """
+    laps = [{stage: seconds / batch_size for stage, seconds in lap.items()} for lap in laps]
+    seconds = [sum(lap.values()) for lap in laps]
+    total, limit = statistics.median(seconds), operations / max(rates.values())
+    return {
+        "images per second": 1 / statistics.median(sum(lap.values()) - lap["RLE"] for lap in laps),
+        "seconds": total,
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        **{stage: statistics.median(lap.get(stage, 0.0) for lap in laps) for stage in (*STAGES, "RLE")},
+        "GFLOP": operations / 1e9,
+        "limit": limit,
+        "times the limit": total / limit,
+    }
 
 
 class _Measured:
     """What a process of a ProposalRun holds: the config, the image, the predictor, and the memory it took when loaded."""
 
-    def __init__(self, cfg: CfgNode, image: np.ndarray, dtype: str, compiled: bool):
-        self.cfg, self.image = cfg, image
+    def __init__(self, cfg: CfgNode, image: np.ndarray, dtype: str, compiled: bool, batch_size: int):
+        self.cfg, self.image, self.batch = cfg, image, [image] * batch_size
         torch.manual_seed(0)
         self.predictor = ProposalPredictor(cfg, dtype=dtype, compiled=compiled)
         self.device = self.predictor.model.device
@@ -97,11 +127,16 @@ def _load(*args) -> None:
 
 
 def _peak() -> float:
-    """Most memory that two images take beside the loaded model, MB."""
+    """Most memory that two batches take beside the loaded model, MB."""
     for _ in range(2):
-        _measured.predictor(_measured.image).proposal_masks.rle()
+        _encode(_measured.predictor.of_batch(_measured.batch))
     # Linux counts pages in batches, so that nothing at all can look like less than that.
     return max(0.0, peak_megabytes(_measured.device) - _measured.loaded)
+
+
+def _encode(outputs: list) -> None:
+    for proposals in outputs:
+        proposals.proposal_masks.rle()
 
 
 @torch.no_grad()
@@ -119,11 +154,11 @@ def _operations() -> int:
 
 
 def _lap() -> tuple:
-    """Seconds by stage, and the number of proposals, of an image right after another: what a process needs to wake up is not counted."""
-    _measured.predictor(_measured.image).proposal_masks.rle()
+    """Seconds by stage, and the number of proposals, of a batch right after another: what a process needs to wake up is not counted."""
+    _encode(_measured.predictor.of_batch(_measured.batch))
     with StageClock(_measured.predictor.model) as clock:
         with clock.stage("windows"):
-            proposals = _measured.predictor(_measured.image)
+            outputs = _measured.predictor.of_batch(_measured.batch)
         with clock.stage("RLE"):
-            proposals.proposal_masks.rle()
-    return dict(clock.seconds), len(proposals)
+            _encode(outputs)
+    return dict(clock.seconds), len(outputs[0])
