@@ -28,7 +28,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-proposals", type=int, help="most proposals of an image")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the network; default %(default)s")
     parser.add_argument(
-        "--compile", action="store_true", dest="compiled", help="compile the trunk: for many images of one size"
+        "--compile",
+        action="store_true",
+        dest="compiled",
+        help="compile the trunk, for images of one size; gains nothing on some processors",
     )
     parser.add_argument("--visualize", metavar="DIR", help="write pictures of the best proposals there")
     parser.add_argument("--pkl", metavar="FILE", help="also write Detectron2's precomputed-proposal pickle")
