@@ -4,7 +4,7 @@ Shape letters:
     N: window masks         M: side of the logit grid
     H, W: image height and width
     B: windows of a chunk   K: image columns of all windows of a chunk
-    G: knots a chunk needs at most          E: edges, where a column enters or leaves the foreground
+    G: knots a chunk needs at most          R: runs of foreground knots in columns, an edge at each end
 
 How masks become runs: bilinear interpolation is separable. Interpolated along x only, each image column is a
 piecewise linear function of y whose knots are the grid rows. Where it crosses the threshold follows from the two
@@ -377,7 +377,7 @@ def _image_columns(parts: _Parts, side: int) -> _Columns:
 
 
 class _Edges(NamedTuple):
-    """Where columns enter and leave the foreground, in pairs: R runs of knots."""
+    """Where columns enter the foreground and where they leave it."""
 
     column: torch.Tensor  # (R,) long, which of the image columns
     knot: torch.Tensor  # (R, 2) long, number of the knot after the edge, counted from the window's first
