@@ -293,7 +293,8 @@ class SharpMaskFPN(nn.Module):
             # The logit of the product of both probabilities.
             scores = log_to_logit(F.logsigmoid(scores) + F.logsigmoid(torch.cat(quality).float()))
         scores, order = scores.sort(descending=True)
-        window_masks = WindowMasks(masks[order], windows[order], image_size, threshold=self.mask_threshold)
+        masks = masks.index_select(0, order)
+        window_masks = WindowMasks(masks, windows[order], image_size, threshold=self.mask_threshold)
         if output_size != image_size:
             # Now, as what the masks are in pixels is found but once.
             (height, width), (new_height, new_width) = image_size, output_size
