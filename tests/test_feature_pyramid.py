@@ -1279,7 +1279,7 @@ def test_a_detector_survives_images_without_proposals(cfg):
 
 @pytest.mark.parametrize("thresh", [0.3, 0.6, 1.0])
 @pytest.mark.parametrize("steps", [1.0, 1.5, 4.0])
-@pytest.mark.parametrize("count", [3, 25, 100])
+@pytest.mark.parametrize("count", [3, 8, 25, 100])
 def test_windows_beside_a_better_one_step_back(thresh, steps, count):
     generator = torch.Generator().manual_seed(4)
     corners = torch.rand(40, 2, generator=generator) * 20

@@ -12,6 +12,9 @@ from torchvision.ops import nms
 
 from .windows import canonical_size, centred_windows
 
+# Windows that are compared for each that is asked for, before all are: on photographs 2.1 to 2.3 were enough.
+_FIRST = 2.5
+
 
 class Cells(NamedTuple):
     """Windows by their cells, all (N,) int64: level, kind, row, column."""
@@ -103,10 +106,20 @@ def spread(windows: Tensor, scores: Tensor, thresh: float, count: int) -> Tensor
     """
     if thresh >= 1:
         return torch.arange(min(count, len(windows)), device=windows.device)
+    # Whether a window stays is up to better ones: often the first are enough, and few are compared faster.
+    first = int(_FIRST * count)
+    stays = _stays(windows[:first], scores[:first], thresh)
+    if len(stays) < len(windows) and int(stays.sum()) < count:
+        stays = _stays(windows, scores, thresh)
+    return torch.cat([stays.nonzero()[:, 0], (~stays).nonzero()[:, 0]])[:count]
+
+
+def _stays(windows: Tensor, scores: Tensor, thresh: float) -> Tensor:
+    """(N,) bool: the windows that do not step back in `spread`."""
     stays = torch.zeros(len(windows), dtype=torch.bool, device=windows.device)
     for number in _alike(windows, thresh):
         stays[number[nms(windows[number], scores[number], thresh)]] = True
-    return torch.cat([stays.nonzero()[:, 0], (~stays).nonzero()[:, 0]])[:count]
+    return stays
 
 
 def _alike(windows: Tensor, thresh: float) -> list:
