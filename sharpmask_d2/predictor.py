@@ -53,10 +53,10 @@ class ProposalPredictor:
 
     @torch.no_grad()
     def of_batch(self, images: list) -> list:
-        """Proposals of several images, which go through the network together: what a GPU is fastest with.
+        """Proposals of several images: those of one size go through the trunk or the backbone together, in memory that grows with them.
 
         Args:
-            images: see `__call__`; they may differ in size.
+            images: see `__call__`.
 
         Returns:
             one Instances an image.

@@ -126,7 +126,7 @@ def test_proposals_keep_the_contract(cfg):
     pyramid = generator.pyramid
     levels = pyramid.levels((96, 128))
     with torch.no_grad():
-        grids = [pyramid.level_grid(generator._pixels(image), level).scores for level in levels]
+        grids = [pyramid.level_grid(generator._pixels(image)[None], level).scores for level in levels]
     windows = grid_windows(levels, [tuple(grid.shape[1:]) for grid in grids], 64, 16, "cpu")
     cells = (windows[None] == proposals.proposal_masks.windows[:, None]).all(2).long().argmax(1)
     torch.testing.assert_close(torch.cat([grid.flatten() for grid in grids])[cells], scores)
@@ -309,7 +309,7 @@ def test_losses_are_of_the_labelled_windows(cfg, monkeypatch, kind):
     scores, labels, masks, targets = [], [], [], []
     for level in pyramid.levels((96, 128)):
         with torch.no_grad():
-            grid = pyramid.level_grid(generator._pixels(image), level)
+            grid = pyramid.level_grid(generator._pixels(image)[None], level)
             rows, columns = grid.scores.shape[1:]
             windows = grid_windows([level], [(rows, columns)], 64, 16, "cpu")
             slow = [_slow_label(window.tolist(), OBJECTS) for window in windows]
@@ -371,7 +371,7 @@ def test_grids_have_the_size_that_is_computed_without_the_network(cfg, trunk, si
     assert len(levels) == 4
     for level in levels:
         with torch.no_grad():
-            grid = pyramid.level_grid(torch.zeros(3, *size), level)
+            grid = pyramid.level_grid(torch.zeros(1, 3, *size), level)
         expected = sharpmask_generator.grid_size(level, 64, 16, network.size_divisibility)
         assert tuple(grid.scores.shape[1:]) == expected
 

@@ -467,7 +467,7 @@ def test_a_patch_says_the_same_as_its_window_of_the_full_image(refinement, grid_
     image = torch.rand(3, 90, 121, generator=torch.Generator().manual_seed(1)) * 255
     rng = np.random.default_rng(0)
     for level in pyramid_levels((90, 121), pyramid.exponents, pyramid.shifts):
-        padded = pyramid.level_image(image, level)
+        padded = pyramid.level_image(image[None], level)
         with torch.no_grad():
             grid = network.grid(padded)
             rows, columns = grid.scores.shape[1:]

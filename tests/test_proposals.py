@@ -147,9 +147,14 @@ def test_predictor_checks_the_image_and_the_architecture(tiny_cfg):
 def test_a_batch_of_a_predictor_has_the_proposals_of_its_images(tiny_cfg):
     predictor = ProposalPredictor(tiny_cfg)
     rng = np.random.default_rng(0)
-    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in [(60, 80), (50, 90)]]
+    sizes = [(60, 80), (50, 90), (60, 80)]
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    batches = []
+    predictor.model.pyramid.network.trunk.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
     together = predictor.of_batch(images)
-    assert [proposals.image_size for proposals in together] == [(60, 80), (50, 90)]
+    assert [proposals.image_size for proposals in together] == sizes
+    scales = len(tiny_cfg.MODEL.SHARPMASK.TEST.SCALES)
+    assert sorted(batches) == [1] * scales + [2] * scales
     for image, proposals in zip(images, together):
         alone = predictor(image)
         torch.testing.assert_close(proposals.objectness_logits, alone.objectness_logits)

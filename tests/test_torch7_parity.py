@@ -132,7 +132,7 @@ def test_score_maps_of_the_original_s_input(pyramids, image):
 def test_score_maps_of_the_image_resized_as_released(pyramids, image, scale):
     pyramid = pyramids["deepmask"]
     level = pyramid_levels((480, 640), pyramid.exponents, [(0, 0)])[scale - 1]
-    resized = pyramid.level_image(torch.from_numpy(image["image"]) * 255, level)
+    resized = pyramid.level_image(torch.from_numpy(image["image"])[None] * 255, level)
     if scale == 3:
         compare("padded_input_scale3", pyramid.network.normalize(resized), image["padded_input_scale3"])
     scores = pyramid.network.grid(resized).scores

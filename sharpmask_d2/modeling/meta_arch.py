@@ -8,7 +8,7 @@ import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.rcnn import ProposalNetwork
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -74,7 +74,11 @@ class SharpMaskProposalNetwork(nn.Module):
             return self._losses(batched_inputs)
         if "patches" in batched_inputs[0]:
             return self._patch_outputs(batched_inputs)
-        return [{"proposals": self._proposals(inputs)} for inputs in batched_inputs]
+        outputs = [None] * len(batched_inputs)
+        for numbers in _by_size(batched_inputs):
+            for number, proposals in zip(numbers, self._proposals([batched_inputs[number] for number in numbers])):
+                outputs[number] = {"proposals": proposals}
+        return outputs
 
     def _losses(self, batched_inputs: list) -> dict:
         if "patches" not in batched_inputs[0]:
@@ -115,10 +119,20 @@ class SharpMaskProposalNetwork(nn.Module):
         counts = [len(x["patches"]) for x in batched_inputs]
         return [{"scores": s, "masks": m} for s, m in zip(scores.split(counts), masks.split(counts))]
 
-    def _proposals(self, inputs: dict) -> Instances:
-        image = inputs["image"].to(self.device)
-        proposals = self.pyramid(image.flip(0) if self.flip_channels else image)
-        return rescale_proposals(proposals, inputs.get("height"), inputs.get("width"))
+    def _proposals(self, batched_inputs: list) -> list:
+        images = torch.stack([inputs["image"].to(self.device) for inputs in batched_inputs])
+        found = self.pyramid.of_batch(images.flip(1) if self.flip_channels else images)
+        return [
+            rescale_proposals(x, inputs.get("height"), inputs.get("width")) for x, inputs in zip(found, batched_inputs)
+        ]
+
+
+def _by_size(batched_inputs: list) -> list:
+    """Numbers of the images of each size."""
+    by_size = {}
+    for number, inputs in enumerate(batched_inputs):
+        by_size.setdefault(tuple(inputs["image"].shape), []).append(number)
+    return list(by_size.values())
 
 
 @META_ARCH_REGISTRY.register()
@@ -145,11 +159,8 @@ class SegmentProposalNetwork(ProposalNetwork):
             instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
             return self.proposal_generator.losses(pyramid, instances)
         # Padding to the size of another image would reach into the features: images of one size go together.
-        by_size = {}
-        for number, inputs in enumerate(batched_inputs):
-            by_size.setdefault(tuple(inputs["image"].shape), []).append(number)
         outputs = [None] * len(batched_inputs)
-        for numbers in by_size.values():
+        for numbers in _by_size(batched_inputs):
             inputs = [batched_inputs[number] for number in numbers]
             images, features = self._features(inputs)
             sizes = images.image_sizes

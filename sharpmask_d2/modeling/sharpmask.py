@@ -28,6 +28,11 @@ class WindowGrid(NamedTuple):
     embeddings: Tensor
     features: dict
 
+    def of_image(self, number: int) -> "WindowGrid":
+        """That of one image of the batch, B = 1."""
+        own = slice(number, number + 1)
+        return WindowGrid(self.scores[own], self.embeddings[own], {name: x[own] for name, x in self.features.items()})
+
 
 class SharpMaskNetwork(nn.Module):
     """DeepMask, or SharpMask with a refinement path (SharpMask, sections 3.1 to 3.3)."""

@@ -92,12 +92,25 @@ class ImagePyramid(nn.Module):
         Raises:
             ValueError: the image has no pixels.
         """
-        image_size = tuple(image.shape[1:])
+        return self.of_batch(image[None])[0]
+
+    @torch.no_grad()
+    def of_batch(self, images: Tensor) -> list:
+        """The same for images of one size, whose levels go through the trunk together: memory grows with their number.
+
+        Args:
+            images: (B, 3, H, W).
+
+        Returns:
+            B Instances.
+        """
+        image_size = tuple(images.shape[2:])
         if 0 in image_size:
             raise ValueError(f"the image has no pixels: its size is {image_size} (height, width)")
         levels = self.levels(image_size)
         # The largest, which takes the most memory, before anything of the others is kept.
-        return self.propose(levels, [self.level_grid(image, level) for level in reversed(levels)][::-1])
+        grids = [self.level_grid(images, level) for level in reversed(levels)][::-1]
+        return [self.propose(levels, [grid.of_image(number) for grid in grids]) for number in range(len(images))]
 
     def levels(self, image_size: tuple, octaves: float = 0.0) -> list:
         """The levels of the pyramid of an image.
@@ -111,9 +124,9 @@ class ImagePyramid(nn.Module):
         """
         return pyramid_levels(image_size, [exponent + octaves for exponent in self.exponents], self.shifts)
 
-    def level_grid(self, image: Tensor, level) -> WindowGrid:
-        """The grid of a level of the image (3, H, W), in 0..255."""
-        return self.network.grid(self.level_image(image, level))
+    def level_grid(self, images: Tensor, level) -> WindowGrid:
+        """The grid of a level of the images (B, 3, H, W), in 0..255."""
+        return self.network.grid(self.level_image(images, level))
 
     @torch.no_grad()
     def propose(self, levels: list, grids: list) -> Instances:
@@ -142,9 +155,9 @@ class ImagePyramid(nn.Module):
             scores, proposal_masks, nms_thresh=self.nms_thresh, stability=self.stability, mask_nms=self.mask_nms
         )
 
-    def level_image(self, image: Tensor, level) -> Tensor:
-        """The image (3, H, W) at a level, with the border its windows need: (1, 3, h, w)."""
-        resized = resize(image[None].float(), level.size, self.network.resizing)
+    def level_image(self, images: Tensor, level) -> Tensor:
+        """The images (B, 3, H, W) at a level, with the border its windows need: (B, 3, h, w)."""
+        resized = resize(images.float(), level.size, self.network.resizing)
         padding = level_padding(level, self.network.window_size, self.network.size_divisibility)
         padded = F.pad(resized, padding, value=PADDING_VALUE)
         return padded.contiguous(memory_format=torch.channels_last)

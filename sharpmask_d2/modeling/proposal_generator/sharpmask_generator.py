@@ -197,7 +197,7 @@ class SharpMaskGenerator(nn.Module):
     def _grid(self, source, level) -> WindowGrid:
         if self.shared_backbone:
             return self.pyramid.network.grid_from_features(source)
-        return self.pyramid.level_grid(source, level)
+        return self.pyramid.level_grid(source[None], level)
 
     def _train_image(self, source, levels: list, gt) -> tuple:
         """Run all levels of an image, with gradients those that have sampled windows.
