@@ -164,8 +164,7 @@ def test_a_batch_of_a_predictor_has_the_proposals_of_its_images(tiny_cfg):
 def test_proposals_are_in_the_frame_of_the_original_image(tiny_cfg):
     model = build_model(tiny_cfg).eval()
     image = torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(0)) * 255
-    (plain,) = model([{"image": image}])
-    (scaled,) = model([{"image": image, "height": 120, "width": 240}])
+    plain, scaled = model([{"image": image}, {"image": image, "height": 120, "width": 240}])
     plain, scaled = plain["proposals"], scaled["proposals"]
     assert scaled.image_size == (120, 240)
     expected = plain.proposal_masks.windows * torch.tensor([3.0, 2.0, 3.0, 2.0])
