@@ -59,7 +59,10 @@ class ProposalPredictor:
             images: see `__call__`.
 
         Returns:
-            one Instances an image.
+            one Instances an image, in their order.
+
+        Raises:
+            ValueError: one is not a colour image, or has no pixels.
         """
         inputs = [prepare_image(image, self.resize, self.cfg) for image in images]
         with autocast(self.model.device, self.dtype):

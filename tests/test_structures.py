@@ -380,6 +380,19 @@ def test_errors_name_the_argument(logits, windows, image_size, message):
         WindowMasks(logits, windows, image_size)
 
 
+@pytest.mark.parametrize("threshold", [-math.inf, math.inf, math.nan])
+def test_a_threshold_is_finite(threshold):
+    with pytest.raises(ValueError, match=f"threshold must be finite, got {threshold}"):
+        WindowMasks(torch.zeros(2, 4, 4), torch.zeros(2, 4), (5, 5), threshold=threshold)
+
+
+@pytest.mark.parametrize(("threshold", "share"), [(-1e6, 1), (1e6, 0)])
+def test_far_thresholds_fill_or_empty_the_window(threshold, share):
+    windows = torch.tensor([[3.0, 2.0, 23.0, 32.0], [1.0, 1.0, 4.0, 5.0]])
+    masks = WindowMasks(torch.randn(2, 8, 8), windows, (HEIGHT, WIDTH), threshold=threshold)
+    assert masks.areas().tolist() == [600 * share, 12 * share]
+
+
 def test_cat_refuses_what_differs():
     def masks(side=4, size=(5, 5), threshold=0.0):
         return WindowMasks(torch.zeros(1, side, side), torch.zeros(1, 4), size, threshold=threshold)

@@ -65,10 +65,10 @@ class WindowMasks:
                 coordinates; may be non-square and lie partly or wholly outside the image. A window without area or
                 with a coordinate that is not finite has an empty mask.
             image_size: (H, W) of the image in pixels, both positive.
-            threshold: logit above which an interpolated logit is foreground; the default is the logit of 0.2.
+            threshold: finite logit above which an interpolated logit is foreground; the default is the logit of 0.2.
 
         Raises:
-            ValueError: for wrong shapes, types, devices or sizes; the message names the argument.
+            ValueError: for wrong shapes, types, devices or sizes, or no finite threshold; the message names the argument.
         """
         if logits.dim() != 3 or logits.shape[1] != logits.shape[2] or logits.shape[1] == 0:
             raise ValueError(f"logits must be (N, M, M) with M > 0, got {tuple(logits.shape)}")
@@ -83,6 +83,8 @@ class WindowMasks:
         height, width = (int(side) for side in image_size)
         if height <= 0 or width <= 0:
             raise ValueError(f"image_size must be a positive (H, W), got {tuple(image_size)}")
+        if not math.isfinite(threshold):
+            raise ValueError(f"threshold must be finite, got {threshold}")
         self.logits = logits
         self.windows = windows if windows.is_floating_point() else windows.float()
         self.image_size = (height, width)

@@ -99,10 +99,13 @@ class ImagePyramid(nn.Module):
         """The same for images of one size, whose levels go through the trunk together: memory grows with their number.
 
         Args:
-            images: (B, 3, H, W).
+            images: (B, 3, H, W) in 0..255, in the network's channel order.
 
         Returns:
             B Instances.
+
+        Raises:
+            ValueError: the images have no pixels.
         """
         image_size = tuple(images.shape[2:])
         if 0 in image_size:
