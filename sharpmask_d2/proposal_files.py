@@ -35,7 +35,7 @@ def to_results(proposals: Instances, image_id, **extra) -> list:
             "category_id": 1,
             "bbox": box,
             "score": score,
-            "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
+            "segmentation": rle,
         }
         for box, score, rle in zip(boxes, scores, rles)
     ]

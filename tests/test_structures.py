@@ -4,6 +4,7 @@ import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
 # isort: split
 
+import json
 import math
 
 import numpy as np
@@ -74,11 +75,16 @@ def assert_pasted_like_reference(masks):
         assert torch.equal(bitmap[sure], (values > masks.threshold)[sure]), f"mask {n}, window {masks.windows[n]}"
 
 
+def as_text(rle):
+    """pycocotools' RLE with its counts as text."""
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+
+
 def assert_encoded_like_coco(masks):
     """Boxes, areas and RLEs are those of the pasted bitmaps."""
     boxes, areas, rle = masks.encode()
     bitmaps = masks.paste().numpy()
-    expected = [coco_mask.encode(np.asfortranarray(bitmap.astype(np.uint8))) for bitmap in bitmaps]
+    expected = [as_text(coco_mask.encode(np.asfortranarray(bitmap.astype(np.uint8)))) for bitmap in bitmaps]
     assert rle == expected
     assert areas.dtype == torch.long
     assert areas.tolist() == bitmaps.sum((1, 2)).tolist() == coco_mask.area(expected).tolist()
@@ -223,6 +229,12 @@ def test_methods_agree_with_encode():
     assert masks.rle() == rle
 
 
+def test_rles_can_be_written_as_json():
+    rles = draw_masks(5).rle()
+    assert json.loads(json.dumps(rles)) == rles
+    assert coco_mask.area(rles).sum() > 0
+
+
 def test_no_masks():
     masks = WindowMasks(torch.zeros(0, 8, 8), torch.zeros(0, 4), (HEIGHT, WIDTH))
     boxes, areas, rle = masks.encode()
@@ -252,7 +264,7 @@ def test_long_counts_in_a_large_image():
     height, width = 3000, 2500
     pixels = torch.tensor([0, 3, 2000, 2047, 2400_000, 2400_033, height * width - 1])
     runs = Runs(pixels, pixels + 1, torch.tensor([0, 6, 1]))
-    expected = [coco_mask.encode(np.asfortranarray(bitmap.numpy())) for bitmap in fill_runs(runs, (height, width))]
+    expected = [as_text(coco_mask.encode(np.asfortranarray(b.numpy()))) for b in fill_runs(runs, (height, width))]
     assert encode_runs(runs, (height, width)) == expected
 
 
@@ -264,7 +276,7 @@ def test_counts_of_more_pixels_than_fit_in_memory(side):
     edges = torch.tensor(counts).cumsum(0)
     runs = Runs(edges[0:-1:2], edges[1::2], torch.tensor([4]))
     expected = coco_mask.frPyObjects({"size": [side, side], "counts": counts}, side, side)
-    assert encode_runs(runs, (side, side)) == [expected]
+    assert encode_runs(runs, (side, side)) == [as_text(expected)]
 
 
 def test_pasting_some():

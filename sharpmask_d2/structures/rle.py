@@ -74,10 +74,10 @@ def fill_positions(runs: Runs, length: int) -> torch.Tensor:
 
 
 def encode_runs(runs: Runs, image_size: tuple[int, int]) -> list[dict]:
-    """pycocotools' compressed format, byte for byte what its encode() makes of the bitmaps.
+    """pycocotools' compressed format, character for character what its encode() makes of the bitmaps.
 
     Returns:
-        N dicts {"size": [H, W], "counts": bytes}.
+        N dicts {"size": [H, W], "counts": str}: text, as in COCO's result files, so that they can be written as JSON.
     """
     height, width = image_size
     counts, per_mask = _counts(_join(runs), height * width)
@@ -125,7 +125,7 @@ def _counts(runs: Runs, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     return counts, per_mask
 
 
-def _compress(counts: torch.Tensor, per_mask: torch.Tensor) -> tuple[bytes, torch.Tensor]:
+def _compress(counts: torch.Tensor, per_mask: torch.Tensor) -> tuple[str, torch.Tensor]:
     """Counts to COCO's strings: differences to the count two before, in groups of five bits, lowest first.
 
     Returns:
@@ -153,4 +153,4 @@ def _compress(counts: torch.Tensor, per_mask: torch.Tensor) -> tuple[bytes, torc
         text.scatter_(0, place, ((delta & 31) + 48 + 32 * more.clamp(max=1)).to(torch.uint8))
         rest = more.nonzero()[:, 0]
         delta, place, more = (x.index_select(0, rest) for x in (delta >> 5, place + 1, more - 1))
-    return text.cpu().numpy().tobytes(), text_stops[stops - 1].cpu()
+    return text.cpu().numpy().tobytes().decode("ascii"), text_stops[stops - 1].cpu()

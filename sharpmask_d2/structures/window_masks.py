@@ -192,7 +192,7 @@ class WindowMasks:
         return self._runs().per_mask > 0
 
     def rle(self) -> list[dict]:
-        """N dicts {"size": [H, W], "counts": bytes} in pycocotools' compressed format."""
+        """N dicts {"size": [H, W], "counts": str} in pycocotools' compressed format, which can be written as JSON."""
         return encode_runs(self._runs(), self.image_size)
 
     def paste(self, indices: Union[int, slice, torch.Tensor, None] = None) -> torch.Tensor:
