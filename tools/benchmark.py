@@ -41,6 +41,7 @@ from sharpmask_d2.caching import keep_between_images
 from sharpmask_d2.engine import ALONE, ARCHITECTURE
 from sharpmask_d2.evaluation.proposal_evaluation import write_json
 from sharpmask_d2.modeling.inference import DTYPES
+from sharpmask_d2.outputs import OutputError, check_outputs
 from tabulate import tabulate
 
 
@@ -96,9 +97,14 @@ def parse_args() -> argparse.Namespace:
     if isinstance(files, list) and not files + getattr(args, "model", []):
         parser.error("name a --model or a --config-file")
     files = files if isinstance(files, list) else [files]
-    for path in (*files, *(getattr(args, name, None) for name in ("weights", "annotations", "image_root"))):
+    inputs = [*files, *(getattr(args, name, None) for name in ("weights", "annotations", "image_root"))]
+    for path in inputs:
         if path and not Path(path).exists():
             parser.error(f"there is no {path}")
+    try:
+        check_outputs({"--output": args.output, "--plot": getattr(args, "plot", None)}, inputs=inputs)
+    except OutputError as error:
+        parser.error(str(error))
     return args
 
 

@@ -9,7 +9,8 @@ Nothing in the file is executed.
 
 import argparse
 
-from sharpmask_d2.checkpoint.torch7_conversion import convert_torch7, save_torch7_model
+from sharpmask_d2.checkpoint.torch7_conversion import config_path, convert_torch7, save_torch7_model
+from sharpmask_d2.outputs import check_outputs
 
 
 def main() -> None:
@@ -20,6 +21,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
+        check_outputs({"--output": args.output, "its config": config_path(args.output)}, inputs=[args.model])
         model = convert_torch7(args.model)
         config = save_torch7_model(model, args.output)
     except (OSError, ValueError) as error:

@@ -1,11 +1,13 @@
 """How seconds per image grow: with the image's area, the scales of an image pyramid, the proposals and the images in a batch."""
 
 import statistics
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 
 from ..modeling.inference import autocast, prepare_for_inference
+from ..outputs import open_output
 from ..predictor import load_model
 from .drawing import draw_image
 from .turns import clock
@@ -77,5 +79,6 @@ def plot_growth(curves: list, path: str) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("seconds per image")
     panels[0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    with open_output(path) as file:
+        figure.savefig(file, dpi=110, format=Path(path).suffix[1:] or "png")
     pyplot.close(figure)

@@ -6,6 +6,8 @@ import zipfile
 import torch
 from torch import Tensor
 
+from ..outputs import open_output
+
 
 def pack(states: list) -> dict:
     """The union of models' parameters in half precision.
@@ -35,10 +37,17 @@ def save_packed(packed: dict, path: str) -> None:
     Args:
         packed: name -> tensor.
         path: file to write.
+
+    Raises:
+        OutputError: the file cannot be written; one that was there before stays.
     """
     plain = io.BytesIO()
     torch.save({"model": packed}, plain)
-    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        open_output(path) as file,
+        zipfile.ZipFile(plain) as source,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for name in source.namelist():
             target.writestr(name, source.read(name))
 

@@ -5,7 +5,6 @@ place. What differs is an error that names the module by its path in the file, s
 """
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Union
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ..config import add_sharpmask_config
 from ..engine import ARCHITECTURE
+from ..outputs import open_output, write_output
 from .torch7_reader import Table, TorchObject, read_torch7
 
 _NAMESPACES = ("nn", "cudnn", "inn")
@@ -475,19 +475,27 @@ def save_torch7_model(model: Torch7Model, output: Union[str, Path]) -> Path:
 
     Raises:
         ValueError: another suffix.
+        OutputError: a file cannot be written.
     """
-    output = Path(output)
-    if output.suffix != ".pth":
-        raise ValueError(f"--output {output}: the name of a checkpoint ends in .pth")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    torch.save({"model": model.state}, temporary)
-    os.replace(temporary, output)
+    output, config = Path(output), config_path(output)
+    with open_output(output) as file:
+        torch.save({"model": model.state}, file)
     cfg = model.cfg.clone()
     cfg.MODEL.WEIGHTS = str(output.resolve())
-    config = output.with_suffix(".yaml")
-    config.write_text(yaml.safe_dump({**_changes(cfg, _default_config()), "VERSION": cfg.VERSION}, sort_keys=False))
+    text = yaml.safe_dump({**_changes(cfg, _default_config()), "VERSION": cfg.VERSION}, sort_keys=False)
+    write_output(config, text.encode())
     return config
+
+
+def config_path(output: Union[str, Path]) -> Path:
+    """Where `save_torch7_model` writes the config of a checkpoint.
+
+    Raises:
+        ValueError: the name of the checkpoint does not end in .pth.
+    """
+    if Path(output).suffix != ".pth":
+        raise ValueError(f"--output {output}: the name of a checkpoint ends in .pth")
+    return Path(output).with_suffix(".yaml")
 
 
 def _changes(cfg: CfgNode, default: CfgNode) -> dict:

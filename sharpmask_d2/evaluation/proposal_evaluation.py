@@ -23,6 +23,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
+from ..outputs import write_output
 from .recall import AREA_RANGES, IOU_THRESHOLDS, PROPOSAL_COUNTS, GroundTruth, RecallAccumulator
 
 # One flat dict of figures per IoU type: {"segm": {"AR@10": ...}, "bbox": {...}}.
@@ -199,15 +200,7 @@ def format_table(metrics: Metrics) -> str:
 
 def write_json(content, path: Union[str, os.PathLike]) -> None:
     """Write JSON so that the file is there whole or not at all; nan, which JSON has not, becomes null."""
-    path = os.fspath(path)
-    partial = f"{path}.{os.getpid()}.partial"
-    try:
-        with open(partial, "w") as file:
-            json.dump(_without_nan(content), file, allow_nan=False)
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(partial)
+    write_output(path, json.dumps(_without_nan(content), allow_nan=False).encode())
 
 
 def _without_nan(content):
