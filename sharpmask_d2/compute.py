@@ -1,57 +1,89 @@
 """Proposals of many images: what tools/compute_proposals.py does."""
 
+import contextlib
 import json
-import sys
-from collections.abc import Callable
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-import cv2
 import numpy as np
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data.detection_utils import read_image
+from PIL import Image
 from tqdm import tqdm
 
-from . import model_zoo
+from . import __version__, model_zoo
 from .caching import keep_between_images
 from .config import add_sharpmask_config
+from .failed_images import FailedImages
+from .fingerprint import config_settings, digest_file
 from .model_zoo import DEFAULT
+from .outputs import check_outputs
 from .predictor import ProposalPredictor
 from .proposal_files import ProposalWriter, to_results
-from .visualization import choose_distinct, draw_masks
+from .visualization import choose_distinct, draw_masks, name_pictures, write_picture
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+# Of files in folders. AVIF is read by Pillow 11.3 and later.
+_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif", ".avif"}
 
 # How many proposals a picture shows, of those that differ.
 _SHOWN = 8
 
 
 class InputImage(NamedTuple):
-    """An image to work on; `extra` goes into each of its results."""
+    """An image to work on. `name` is its path within the folder it was found in, and `extra` goes into each of its results."""
 
     image_id: int
     path: Path
+    name: str
     extra: dict
 
 
 def list_inputs(paths: list) -> list:
     """Images given as files and folders, numbered from 1 in the order of their names.
 
+    Folders are searched with their sub-folders; hidden files and folders are passed over. What else is passed over is printed.
+
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without images.
     """
-    files = []
+    files, others = {}, Counter()
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
-            if not inside:
+            inside = sorted(_walk(path))
+            suffixes = _SUFFIXES & Image.registered_extensions().keys()
+            images = [p for p in inside if p.suffix.lower() in suffixes]
+            if not images:
                 raise FileNotFoundError(f"--input: the folder {path} has no images")
-            files += inside
+            others.update(p.suffix.lower() or "no suffix" for p in inside if p.suffix.lower() not in suffixes)
+            for image in images:
+                files.setdefault(image, path)
         elif path.exists():
-            files.append(path)
+            files.setdefault(path, path.parent)
         else:
             raise FileNotFoundError(f"--input: there is no {path}")
-    return [InputImage(i, path, {"file_name": path.name}) for i, path in enumerate(files, start=1)]
+    if others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+        print(f"passed over in the folders, for their suffix: {kinds}")
+    images = []
+    for i, (path, folder) in enumerate(files.items(), start=1):
+        name = path.relative_to(folder).as_posix()
+        images.append(InputImage(i, path, name, {"file_name": name}))
+    return images
+
+
+def _walk(folder: Path, above: frozenset = frozenset()) -> Iterator[Path]:
+    """Files in a folder and those below it, but hidden ones. A link to a folder that is being searched is not followed."""
+    folders = above | {os.path.realpath(folder)}
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+        elif os.path.realpath(path) not in folders:
+            yield from _walk(path, folders)
 
 
 def list_annotated(annotations: str, image_root: str) -> list:
@@ -68,7 +100,7 @@ def list_annotated(annotations: str, image_root: str) -> list:
         images = json.loads(Path(annotations).read_text())["images"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{annotations} is not a COCO annotation file: {error!r}") from error
-    return [InputImage(image["id"], Path(image_root) / image["file_name"], {}) for image in images]
+    return [InputImage(image["id"], Path(image_root) / image["file_name"], image["file_name"], {}) for image in images]
 
 
 def build_config(
@@ -103,31 +135,78 @@ def build_config(
     return cfg
 
 
-def process_images(images: list, writer: ProposalWriter, work: Callable, *, desc: str) -> int:
-    """Work on the images that `writer` has not done yet, and let it keep the results; images that cannot be read are named.
+def process_images(
+    images: list,
+    writer: ProposalWriter,
+    work: Callable,
+    *,
+    desc: str,
+    draw: Optional[Callable] = None,
+    pictures: Optional[str] = None,
+) -> tuple:
+    """Work on the images that `writer` has not done yet, and let it keep the results; an image that cannot be done is named and left out.
+
+    A run that goes on knows an image by the content of its file, not by its path or time: a picture that is added, replaced or removed
+    concerns no other, and one that is renamed, copied or downloaded again is not done anew. To read the files takes about a hundredth of
+    the time that the work took.
 
     Args:
         images: list of InputImage.
         writer: gets the results of each image.
         work: makes them of an InputImage and its pixels (H, W, 3), uint8, BGR.
         desc: what the progress bar says.
+        draw: makes the picture of an image, as pixels, of an image's pixels and its results.
+        pictures: folder for these; one that an earlier run did not write is made of the results that it left.
 
     Returns:
-        how many images could not be read.
+        the images that are done, in their order, as `ProposalWriter.finish` takes them, and the FailedImages.
     """
-    broken = 0
-    todo = [image for image in images if image.image_id not in writer.done]
-    if len(todo) < len(images):
-        print(f"{len(images) - len(todo)} of {len(images)} images are done already, in {writer.partial}")
-    for image in tqdm(todo, unit="image", desc=desc):
-        try:
-            pixels = read_image(str(image.path), format="BGR")
-        except (OSError, SyntaxError, ValueError) as error:
-            tqdm.write(f"cannot read image {image.image_id}, {image.path}: {error}; it is left out", file=sys.stderr)
-            broken += 1
+    failed = FailedImages()
+    names = name_pictures(images) if pictures else [None] * len(images)
+    keys = _known_keys(images, writer)
+    if keys:
+        print(f"{len(keys)} of {len(images)} images are done already, in {writer.partial}")
+    finished = []
+    for i, (image, name) in enumerate(zip(tqdm(images, unit="image", desc=desc), names)):
+        pixels = None
+        if i not in keys:
+            results = None
+            with failed.named(image.image_id, image.path):
+                key = digest_file(image.path)
+                pixels = _read(image.path)
+                results = work(image, pixels)
+            if results is None:
+                continue
+            writer.add(key, results)
+            keys[i] = key
+        finished.append((keys[i], {"image_id": image.image_id, **image.extra}))
+        if name is None or (writer.has_picture(keys[i], name) and (Path(pictures) / name).exists()):
             continue
-        writer.add(image.image_id, work(image, np.ascontiguousarray(pixels)))
-    return broken
+        drawn = False
+        with failed.named(image.image_id, image.path, consequence=f"it has no picture {name}"):
+            pixels = _read(image.path) if pixels is None else pixels
+            write_picture(Path(pictures) / name, draw(pixels, writer.results(keys[i])))
+            drawn = True
+        if drawn:
+            writer.add_picture(keys[i], name)
+    return finished, failed
+
+
+def _known_keys(images: list, writer: ProposalWriter) -> dict:
+    """Index of an image -> its key, for the images that the writer has."""
+    keys = {}
+    # Without a run to go on with, a file is read only when its turn comes.
+    for i, image in enumerate(images if writer.done else []):
+        # One that cannot be read is named when its turn comes.
+        with contextlib.suppress(OSError):
+            key = digest_file(image.path)
+            if key in writer.done:
+                keys[i] = key
+    return keys
+
+
+def _read(path: Path) -> np.ndarray:
+    return np.ascontiguousarray(read_image(str(path), format="BGR"))
 
 
 def compute_proposals(
@@ -156,35 +235,39 @@ def compute_proposals(
         config: see `build_config`.
 
     Returns:
-        exit status: 1 if an image could not be read, else 0.
+        exit status: 1 if an image could not be done, else 0.
+
+    Raises:
+        FileNotFoundError: an input that does not exist.
+        OutputError: see `check_outputs` and `ProposalWriter`.
     """
     keep_between_images()
     images = list_inputs(input) if input else list_annotated(annotations, image_root)
     cfg = build_config(**config)
-    inputs = [str(image.path) for image in images]
-    writer = ProposalWriter(output, {"config": cfg.MODEL.dump(), "input": [cfg.INPUT.FORMAT, *inputs], "dtype": dtype})
-    predictor = ProposalPredictor(cfg, dtype=dtype, compiled=compiled)
-    if visualize:
-        Path(visualize).mkdir(parents=True, exist_ok=True)
+    check_outputs(
+        {"--output": output, "--pkl": pkl},
+        inputs=[annotations, config.get("config_file"), cfg.MODEL.WEIGHTS],
+        folders={"--visualize": visualize},
+        images=[*(input or []), *(image.path for image in images)],
+    )
+    settings = {**config_settings(cfg), "--dtype": dtype, "--compile": compiled, "version": __version__}
 
     def work(image: InputImage, pixels: np.ndarray) -> list:
-        results = to_results(predictor(pixels), image.image_id, **image.extra)
-        if visualize:
-            _write_picture(pixels, results, Path(visualize) / f"{image.path.stem}.jpg")
-        return results
+        return to_results(predictor(pixels), image.image_id, **image.extra)
 
-    broken = process_images(images, writer, work, desc="proposals")
-    # With the partial file, a run after the images are mended has to do only those.
-    count = writer.finish(pkl or "", pickle_masks=pkl_masks, keep_partial=broken > 0)
-    print(f"wrote {count} proposals of {len(writer.done)} images: {output}" + (f", {pkl}" if pkl else ""))
+    with ProposalWriter(output, settings) as writer:
+        predictor = ProposalPredictor(cfg, dtype=dtype, compiled=compiled)
+        finished, failed = process_images(
+            images, writer, work, desc="proposals", draw=_draw_proposals, pictures=visualize
+        )
+        # With the partial file, a run after the images are mended has to do only those.
+        count = writer.finish(pkl, images=finished, pickle_masks=pkl_masks, keep_partial=len(failed) > 0)
+    print(f"wrote {count} proposals of {len(finished)} images: {output}" + (f", {pkl}" if pkl else ""))
     if visualize:
         print(f"wrote pictures of them: {visualize}")
-    if broken:
-        print(f"{broken} images could not be read, see above", file=sys.stderr)
-    return int(broken > 0)
+    return failed.status()
 
 
-def _write_picture(pixels: np.ndarray, results: list, path: Path) -> None:
+def _draw_proposals(pixels: np.ndarray, results: list) -> np.ndarray:
     rles = [result["segmentation"] for result in results[:200]]
-    shown = choose_distinct(rles, _SHOWN)
-    cv2.imwrite(str(path), draw_masks(pixels, [rles[i] for i in shown]))
+    return draw_masks(pixels, [rles[i] for i in choose_distinct(rles, _SHOWN)])

@@ -3,16 +3,20 @@
 from pathlib import Path
 from typing import Optional
 
-import cv2
 import numpy as np
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.visualizer import Visualizer
+from pycocotools import mask as mask_util
 
+from . import __version__
 from .caching import keep_between_images
 from .compute import InputImage, build_config, list_inputs, process_images
+from .fingerprint import config_settings
 from .model_zoo import DEFAULT_DETECTOR
+from .outputs import check_outputs
 from .predictor import DetectionPredictor
 from .proposal_files import ProposalWriter
 
@@ -58,6 +62,30 @@ def detection_results(instances: Instances, image_id, metadata, **extra) -> list
     return results
 
 
+def instances_of_results(results: list, image_size: tuple, metadata) -> Instances:
+    """What `detection_results` wrote, as instances.
+
+    Args:
+        results: of one image.
+        image_size: (H, W).
+        metadata: of the dataset that the detector was trained on.
+
+    Returns:
+        Instances with pred_boxes, scores, pred_classes and, if there are masks, pred_masks (N, H, W) bool.
+    """
+    numbers = metadata.get("thing_dataset_id_to_contiguous_id", {})
+    instances = Instances(tuple(image_size))
+    boxes = torch.tensor([result["bbox"] for result in results], dtype=torch.float32).reshape(-1, 4)
+    instances.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
+    instances.scores = torch.tensor([result["score"] for result in results], dtype=torch.float32)
+    classes = [numbers.get(result["category_id"], result["category_id"]) for result in results]
+    instances.pred_classes = torch.tensor(classes, dtype=torch.long)
+    if results and all("segmentation" in result for result in results):
+        masks = mask_util.decode([result["segmentation"] for result in results])
+        instances.pred_masks = torch.from_numpy(masks.transpose(2, 0, 1).astype(bool))
+    return instances
+
+
 def draw_detections(image: np.ndarray, instances: Instances, metadata) -> np.ndarray:
     """Masks, boxes, class names and scores over an image, by Detectron2's Visualizer.
 
@@ -92,26 +120,42 @@ def detect(
         score_threshold: pictures show detections that reach it; the JSON has all.
 
     Returns:
-        exit status: 1 if an image could not be read, else 0.
+        exit status: 1 if an image could not be done, else 0.
+
+    Raises:
+        FileNotFoundError: an input that does not exist.
+        OutputError: see `check_outputs` and `ProposalWriter`.
     """
     keep_between_images()
     images = list_inputs(input)
     cfg = build_config(model=model, config_file=config_file, weights=weights, opts=opts)
     metadata = dataset_metadata(cfg.DATASETS.TRAIN[0])
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {"config": cfg.MODEL.dump(), "input": [cfg.INPUT.FORMAT, *(str(image.path) for image in images)]}
-    writer = ProposalWriter(folder / "detections.json", settings)
-    predictor = DetectionPredictor(cfg)
+    check_outputs(
+        {"--output": folder / "detections.json"},
+        inputs=[config_file, cfg.MODEL.WEIGHTS],
+        folders={"--output": folder},
+        images=[*input, *(image.path for image in images)],
+    )
+    settings = {
+        **config_settings(cfg),
+        "--score-threshold": score_threshold,
+        "classes": list(metadata.thing_classes),
+        "version": __version__,
+    }
 
     def work(image: InputImage, pixels: np.ndarray) -> list:
         instances = predictor(pixels).to("cpu")
-        shown = instances[instances.scores >= score_threshold]
-        cv2.imwrite(str(folder / f"{image.path.stem}.jpg"), draw_detections(pixels, shown, metadata))
         return detection_results(instances, image.image_id, metadata, **image.extra)
 
-    broken = process_images(images, writer, work, desc="detections")
-    count = writer.finish(keep_partial=broken > 0)
-    print(f"wrote {count} detections of {len(writer.done)} images: {writer.output}")
+    def draw(pixels: np.ndarray, results: list) -> np.ndarray:
+        shown = [result for result in results if result["score"] >= score_threshold]
+        return draw_detections(pixels, instances_of_results(shown, pixels.shape[:2], metadata), metadata)
+
+    with ProposalWriter(folder / "detections.json", settings) as writer:
+        predictor = DetectionPredictor(cfg)
+        finished, failed = process_images(images, writer, work, desc="detections", draw=draw, pictures=output)
+        count = writer.finish(images=finished, keep_partial=len(failed) > 0)
+    print(f"wrote {count} detections of {len(finished)} images: {writer.output}")
     print(f"wrote pictures of them: {folder}")
-    return int(broken > 0)
+    return failed.status()

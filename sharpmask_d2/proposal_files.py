@@ -1,17 +1,26 @@
 """Proposals of many images in files: COCO result JSON and Detectron2's precomputed-proposal pickle, written so that nothing is lost.
 
-While images are worked through, every finished one is a line of `<output>.partial`. A run that was stopped goes on behind the last whole
-line; at the end the lines become the output, and the partial file goes.
+While images are worked through, every finished one is a line of `<output>.partial`, after a first line with the run's settings. A run that
+was stopped goes on behind the last whole line; at the end the lines become the output, and the partial file goes.
 """
 
+import contextlib
 import json
 import math
 import os
 import pickle
+from collections.abc import KeysView
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 from detectron2.structures import BoxMode, Instances
+
+from .fingerprint import changed_settings
+from .outputs import OutputError, open_locked, open_output
+
+# How many changed settings a message names.
+_NAMED = 4
 
 
 def to_results(proposals: Instances, image_id, **extra) -> list:
@@ -42,98 +51,193 @@ def to_results(proposals: Instances, image_id, **extra) -> list:
 
 
 class ProposalWriter:
-    """Collects the results of images in a file that survives being killed."""
+    """Collects the results of images in a file that survives being killed, and that one run at a time writes.
+
+    with ProposalWriter("proposals.json", settings) as writer:
+        writer.add(1, results)
+        writer.finish()
+    """
 
     def __init__(self, output: str, settings: dict):
         """
         Args:
             output: path of the JSON to write.
-            settings: what the results depend on; a partial file made with others is not continued.
+            settings: what the results depend on, besides the images: nested dicts. A partial file made with others is not continued.
 
         Raises:
-            ValueError: there is a partial file of another run.
+            OutputError: another run is writing the output, or one with other settings was stopped; the message names those that changed.
         """
         self.output = Path(output)
         self.partial = self.output.with_name(self.output.name + ".partial")
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        self.done = set()
-        header = json.dumps({"settings": settings}, sort_keys=True)
-        end = self._read_partial(header)
-        self._file = open(self.partial, "r+b" if end else "wb")  # noqa: SIM115  (open until finish)
-        if end:
-            # A line that was being written when the run was stopped is written again.
-            self._file.truncate(end)
-            self._file.seek(end)
-        else:
-            self._append(header)
+        self._places = {}  # key of an image -> where its line begins
+        self._pictures = set()
+        self._file = open_locked(self.partial)
+        try:
+            # As it is when it has been read from the file.
+            self._continue(json.loads(json.dumps(settings)))
+        except BaseException:
+            self.close()
+            raise
 
-    def _read_partial(self, header: str) -> int:
-        """Reads the ids of finished images; returns where whole lines end, 0 if there is nothing to continue."""
-        if not self.partial.exists():
+    def __enter__(self) -> "ProposalWriter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop; what was added stays for a run that goes on."""
+        # A line that did not fit on a full disk would fail here a second time.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    @property
+    def done(self) -> KeysView:
+        """Keys of the images whose results are there."""
+        return self._places.keys()
+
+    def _continue(self, settings: dict) -> None:
+        """Read what a stopped run left, and remove the line that it did not finish."""
+        end = self._read_lines(settings)
+        self._file.seek(end)
+        self._file.truncate()
+        if not end:
+            self._append({"settings": settings})
+
+    def _read_lines(self, settings: dict) -> int:
+        """Returns where the whole lines end; 0 if there is nothing to continue."""
+        header = self._file.readline()
+        if not header.endswith(b"\n"):
             return 0
-        end = 0
-        with open(self.partial, "rb") as lines:
-            for line in lines:
-                if not line.endswith(b"\n"):
-                    break
-                if end == 0 and line.decode().strip() != header:
-                    # A run that ended before its first image left nothing to lose.
-                    if not next(lines, b"").endswith(b"\n"):
-                        return 0
-                    raise ValueError(
-                        f"{self.partial} was written with another config, other weights or other inputs: "
-                        "remove it, or choose another output"
-                    )
-                if end:
-                    self.done.add(json.loads(line)["image_id"])
-                end += len(line)
+        try:
+            former = json.loads(header)["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise OutputError(
+                f"{self.partial} is not what a stopped run leaves behind: move it away, or choose another output"
+            ) from None
+        end = len(header)
+        for line in self._file:
+            key, kind = _parse_line(line)
+            if kind == "results":
+                self._places[key] = end
+            elif kind == "picture":
+                self._pictures.add((key, json.loads(line)["picture"]))
+            else:
+                break
+            end += len(line)
+        changes = changed_settings(former, settings)
+        if changes and not self._places:
+            # A run that ended before its first image left nothing to lose.
+            self._pictures.clear()
+            return 0
+        if changes:
+            more = f", and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
+            raise OutputError(
+                f"{self.partial} was written with other settings: {'; '.join(changes[:_NAMED])}{more}. Set them back to go on with "
+                "that run, remove the file to start anew, or choose another output"
+            )
         return end
 
-    def _append(self, line: str) -> None:
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+    def _append(self, line: dict) -> None:
+        try:
+            self._file.seek(0, os.SEEK_END)
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {self.partial}: {error.strerror}; it keeps the images done so far, for a run that goes on"
+            ) from error
 
-    def add(self, image_id, results: list) -> None:
-        """Keep the results of an image; they are on disk when this returns."""
-        self._append(json.dumps({"image_id": image_id, "results": results}))
-        self.done.add(image_id)
+    def add(self, key, results: list) -> None:
+        """Keep the results of an image; they are in the file when this returns.
 
-    def entries(self):
-        """The images that are done: dicts of image_id and results, in the order they were added."""
-        with open(self.partial, "rb") as lines:
-            next(lines)
-            for line in lines:
-                yield json.loads(line)
+        Args:
+            key: an int or a str by which a run that goes on knows the image.
+            results: COCO results.
+        """
+        self._file.seek(0, os.SEEK_END)
+        place = self._file.tell()
+        # The key comes first: it is found without reading the results.
+        self._append({"image": key, "results": results})
+        self._places[key] = place
 
-    def finish(self, pickle_path: str = "", *, pickle_masks: bool = False, keep_partial: bool = False) -> int:
+    def add_picture(self, key, name: str) -> None:
+        """Keep that the picture `name` of an image has been written."""
+        self._append({"image": key, "picture": name})
+        self._pictures.add((key, name))
+
+    def has_picture(self, key, name: str) -> bool:
+        """Whether this run, or the one that it continues, has written the picture `name` of an image."""
+        return (key, name) in self._pictures
+
+    def results(self, key) -> list:
+        """The results of an image that is done."""
+        self._file.seek(self._places[key])
+        return json.loads(self._file.readline())["results"]
+
+    def entries(self, images: Optional[list] = None):
+        """The images that are done: dicts of image_id and results.
+
+        Args:
+            images: pairs of key and what to replace in each result, such as {"image_id": 5}, in the order of the entries. By default all
+                that were added, in that order, unchanged; then keys are image ids.
+        """
+        for key, changes in images if images is not None else [(key, {"image_id": key}) for key in self._places]:
+            yield {"image_id": changes["image_id"], "results": [{**result, **changes} for result in self.results(key)]}
+
+    def finish(
+        self,
+        pickle_path: Optional[str] = None,
+        *,
+        images: Optional[list] = None,
+        pickle_masks: bool = False,
+        keep_partial: bool = False,
+    ) -> int:
         """Write the JSON and, where a path is given, the pickle; each appears under its name only when it is whole.
 
         Args:
             pickle_path: for Detectron2's precomputed proposals.
+            images: see `entries`.
             pickle_masks: see `write_pickle`.
             keep_partial: leave the partial file, for a run that has to be continued.
 
         Returns:
             how many results the JSON holds.
+
+        Raises:
+            OutputError: a file cannot be written; the partial file stays.
         """
-        self._file.close()
         count = 0
-        temporary = self.output.with_name(self.output.name + ".tmp")
-        with open(temporary, "w") as out:
-            out.write("[")
+        with open_output(self.output) as out:
+            out.write(b"[")
             separator = "\n"
-            for entry in self.entries():
+            for entry in self.entries(images):
                 count += len(entry["results"])
                 for result in entry["results"]:
-                    out.write(separator + json.dumps(result))
+                    out.write((separator + json.dumps(result)).encode())
                     separator = ",\n"
-            out.write("\n]\n")
-        os.replace(temporary, self.output)
+            out.write(b"\n]\n")
         if pickle_path:
-            write_pickle(self.entries(), pickle_path, masks=pickle_masks)
+            write_pickle(self.entries(images), pickle_path, masks=pickle_masks)
         if not keep_partial:
+            # Before the lock is given back, so that no other run goes on with it.
             self.partial.unlink()
+        self.close()
         return count
+
+
+def _parse_line(line: bytes) -> tuple:
+    """(key, "results" or "picture") of a line of the partial file; (None, None) of one that is not whole."""
+    start, decoder = len('{"image": '), json.JSONDecoder()
+    try:
+        text = line.decode()
+        key, end = decoder.raw_decode(text, start)
+    except ValueError:
+        return None, None
+    if not text.startswith('{"image": ') or not text.endswith("}\n"):
+        return None, None
+    return key, next((kind for kind in ("results", "picture") if text.startswith(f', "{kind}": ', end)), None)
 
 
 def write_pickle(entries, path: str, *, masks: bool = False) -> None:
@@ -164,10 +268,8 @@ def write_pickle(entries, path: str, *, masks: bool = False) -> None:
                 raise ValueError(f"{path}: image {entry['image_id']}: {error}") from None
     if masks:
         content["masks"] = joined
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as out:
+    with open_output(path) as out:
         pickle.dump(content, out)
-    os.replace(temporary, path)
 
 
 def join_rles(rles: list) -> dict:

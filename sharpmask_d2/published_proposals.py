@@ -19,6 +19,8 @@ from pycocotools import mask as mask_util
 from tqdm import tqdm
 
 from .checkpoint.torch7_reader import Table, read_torch7
+from .fingerprint import digest_file
+from .outputs import check_outputs
 from .proposal_files import ProposalWriter
 
 # Characters of a JSON file that are read at a time.
@@ -113,22 +115,21 @@ def convert_proposals(
     if num_proposals is not None and num_proposals < 1:
         raise ValueError(f"--num-proposals must be at least 1, not {num_proposals}")
     files = list_files(input)
-    for target in (output, pkl):
-        if target and Path(target).resolve() in [path.resolve() for path in files]:
-            raise ValueError(f"{target} is one of the inputs: choose another output")
+    check_outputs({"--output": output, "--pkl": pkl}, inputs=[annotations, *files])
     image_ids = _annotated_ids(annotations) if annotations else None
-    if pkl:
-        Path(pkl).parent.mkdir(parents=True, exist_ok=True)
-    inputs = [str(path) for path in files]
-    settings = {"published": inputs, "annotations": annotations, "num_proposals": num_proposals}
-    writer = ProposalWriter(output, settings)
-    earlier = frozenset(writer.done)
-    if earlier:
-        print(f"{len(earlier)} images are done already, in {writer.partial}")
-    for image_id, results in tqdm(_read_all(files, image_ids), unit="image", desc="proposals"):
-        if image_id not in earlier:
-            writer.add(image_id, results[:num_proposals])
-    count = writer.finish(pkl or "", pickle_masks=pkl_masks)
+    settings = {
+        "--input": [str(path) for path in files],
+        "--annotations": annotations and digest_file(annotations),
+        "--num-proposals": num_proposals,
+    }
+    with ProposalWriter(output, settings) as writer:
+        earlier = frozenset(writer.done)
+        if earlier:
+            print(f"{len(earlier)} images are done already, in {writer.partial}")
+        for image_id, results in tqdm(_read_all(files, image_ids), unit="image", desc="proposals"):
+            if image_id not in earlier:
+                writer.add(image_id, results[:num_proposals])
+        count = writer.finish(pkl, pickle_masks=pkl_masks)
     print(f"wrote {count} proposals of {len(writer.done)} images: {output}" + (f", {pkl}" if pkl else ""))
 
 

@@ -87,8 +87,9 @@ def test_a_stopped_run_goes_on_behind_the_last_whole_line(tmp_path):
         writer.add(image_id, [{"image_id": image_id, "bbox": [0, 0, 1, 1], "score": 0.5}])
     # Killed while a third line was being written.
     with open(writer.partial, "ab") as file:
-        file.write(b'{"image_id": 9, "resul')
-    with pytest.raises(ValueError, match="another config"):
+        file.write(b'{"image": 9, "resul')
+    writer.close()
+    with pytest.raises(ValueError, match=r"proposals\.json\.partial .* a was 1 and is 2\."):
         ProposalWriter(str(output), {"a": 2})
     again = ProposalWriter(str(output), {"a": 1})
     assert again.done == {7, 8}
@@ -103,8 +104,9 @@ def test_a_run_that_ended_before_its_first_image_stops_no_other(tmp_path):
     ProposalWriter(str(output), {"a": 1})
     writer = ProposalWriter(str(output), {"a": 2})
     writer.add(7, [{"image_id": 7, "bbox": [0, 0, 1, 1], "score": 0.5}])
+    writer.close()
     assert ProposalWriter(str(output), {"a": 2}).done == {7}
-    with pytest.raises(ValueError, match="another config"):
+    with pytest.raises(ValueError, match="a was 2 and is 1"):
         ProposalWriter(str(output), {"a": 1})
 
 

@@ -229,9 +229,12 @@ def test_a_stopped_run_goes_on_without_what_is_done(drawn, tmp_path, capsys):
         convert_proposals(**again)
     assert not list(tmp_path.glob("again.json")) + list(tmp_path.glob("again.pkl"))
     lines = (tmp_path / "again.json.partial").read_text().splitlines()
-    assert [json.loads(line)["image_id"] for line in lines[1:]] == [1, 2]
+    assert [json.loads(line)["image"] for line in lines[1:]] == [1, 2]
     second.write_text(text)
-    with pytest.raises(ValueError, match=r"again\.json\.partial was written with"):
+    with pytest.raises(
+        ValueError,
+        match=r"again\.json\.partial was written with other settings: --num-proposals was not set and is 1\.",
+    ):
         convert_proposals(**again, num_proposals=1)
     capsys.readouterr()
     convert_proposals(**again)

@@ -2,6 +2,7 @@
 """Recall of class-agnostic proposals: AR at 10, 100 and 1000, AUC, by object size and by IoU, of masks and boxes."""
 
 import argparse
+from pathlib import Path
 
 from sharpmask_d2.evaluation.proposal_evaluation import (
     evaluate_proposal_json,
@@ -10,6 +11,8 @@ from sharpmask_d2.evaluation.proposal_evaluation import (
     load_json,
     write_json,
 )
+from sharpmask_d2.failed_images import FailedImages
+from sharpmask_d2.outputs import check_outputs
 from sharpmask_d2.visualization import write_extremes
 
 
@@ -24,13 +27,23 @@ def main() -> None:
     if args.pictures and not args.image_root:
         parser.error("--pictures needs --image-root")
     try:
-        metrics = evaluate_proposal_json(args.annotations, args.proposals)
+        coco = load_annotations(args.annotations)
+        check_outputs(
+            {"--output": args.output},
+            inputs=[args.annotations, args.proposals],
+            folders={"--pictures": args.pictures},
+            images=[Path(args.image_root) / i["file_name"] for i in coco.imgs.values()] if args.pictures else [],
+        )
+        metrics = evaluate_proposal_json(coco, args.proposals)
         print(format_table(metrics))
         if args.output:
             write_json(metrics, args.output)
         if args.pictures:
-            coco, results = load_annotations(args.annotations), load_json(args.proposals)
-            print("\n".join(write_extremes(coco, results, args.image_root, args.pictures)))
+            failed = FailedImages()
+            results = load_json(args.proposals)
+            print("\n".join(write_extremes(coco, results, args.image_root, args.pictures, failed=failed)))
+            if failed.status():
+                parser.exit(1)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{error}\n")
 

@@ -12,6 +12,8 @@ import time
 
 import cv2
 from sharpmask_d2.evaluation.proposal_evaluation import write_json
+from sharpmask_d2.failed_images import FailedImages
+from sharpmask_d2.outputs import OutputError, check_outputs
 
 
 def selective_search(image, mode: str):
@@ -56,16 +58,23 @@ def main() -> None:
             images = json.load(file)["images"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         parser.exit(1, f"{args.annotations} is not a COCO annotation file: {error!r}\n")
+    paths = [os.path.join(args.image_root, record["file_name"]) for record in images]
+    try:
+        check_outputs({"--output": args.output}, inputs=[args.annotations], images=paths)
+    except OutputError as error:
+        parser.error(str(error))
     results = []
     seconds = 0.0
-    for done, record in enumerate(images, start=1):
-        path = os.path.join(args.image_root, record["file_name"])
-        image = cv2.imread(path)
-        if image is None:
-            parser.exit(1, f"Cannot read the image {path} (image id {record['id']})\n")
-        started = time.perf_counter()
-        boxes = selective_search(image, args.mode)[: args.num_proposals]
-        seconds += time.perf_counter() - started
+    failed = FailedImages()
+    for done, (record, path) in enumerate(zip(images, paths), start=1):
+        boxes = []
+        with failed.named(record["id"], path):
+            image = cv2.imread(path)
+            if image is None:
+                raise ValueError("it is missing, or no image that OpenCV reads")
+            started = time.perf_counter()
+            boxes = selective_search(image, args.mode)[: args.num_proposals]
+            seconds += time.perf_counter() - started
         results.extend(
             {
                 "image_id": record["id"],
@@ -78,6 +87,8 @@ def main() -> None:
         )
         print(f"{done}/{len(images)} images, {seconds / done:.2f} s an image, {len(boxes)} boxes", flush=True)
     write_json(results, args.output)
+    if failed.status():
+        parser.exit(1)
 
 
 if __name__ == "__main__":

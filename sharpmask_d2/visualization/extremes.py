@@ -3,18 +3,18 @@
 Shape letters: D proposals of an image, G objects of an image.
 """
 
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 from detectron2.data.detection_utils import read_image
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
+from ..failed_images import FailedImages
 from .overlay import draw_masks
+from .pictures import write_picture
 
 
 class ImageOverlap(NamedTuple):
@@ -57,7 +57,9 @@ def rank_images(coco: COCO, results: list, *, num_proposals: int = 100) -> list:
     return sorted(ranked, key=lambda image: -image.overlap)
 
 
-def write_extremes(coco: COCO, results: list, image_root: str, folder: str, *, count: int = 4) -> list:
+def write_extremes(
+    coco: COCO, results: list, image_root: str, folder: str, *, failed: FailedImages, count: int = 4
+) -> list:
     """Write pictures of the best and the worst images: their objects left, the best of 100 proposals for each right.
 
     Args:
@@ -65,24 +67,24 @@ def write_extremes(coco: COCO, results: list, image_root: str, folder: str, *, c
         results: COCO results with segmentations.
         image_root: folder of the images.
         folder: to write to; best_1.jpg is the best, worst_1.jpg the worst.
+        failed: names the images that cannot be read or drawn, and counts them; the others have their pictures.
         count: pictures of each kind, at most.
 
     Returns:
         the paths that were written.
-
-    Raises:
-        FileNotFoundError: an image is not there.
     """
     ranked = rank_images(coco, results)
-    os.makedirs(folder, exist_ok=True)
     paths = []
     for kind, images in (("best", ranked[:count]), ("worst", ranked[::-1][:count])):
         for number, image in enumerate(images, start=1):
-            pixels = read_image(str(Path(image_root) / coco.imgs[image.image_id]["file_name"]), format="BGR")
-            # Colours go by number: what nobody found leaves its colour out.
-            nothing = mask_util.encode(np.zeros(pixels.shape[:2], np.uint8, order="F"))
-            found = [rle or nothing for rle in image.found]
-            panels = [draw_masks(pixels, image.objects), draw_masks(pixels, found)]
-            paths.append(str(Path(folder) / f"{kind}_{number}.jpg"))
-            cv2.imwrite(paths[-1], np.concatenate(panels, axis=1))
+            source = Path(image_root) / coco.imgs[image.image_id]["file_name"]
+            with failed.named(image.image_id, source, consequence=f"there is no {kind}_{number}.jpg"):
+                pixels = read_image(str(source), format="BGR")
+                # Colours go by number: what nobody found leaves its colour out.
+                nothing = mask_util.encode(np.zeros(pixels.shape[:2], np.uint8, order="F"))
+                found = [rle or nothing for rle in image.found]
+                panels = [draw_masks(pixels, image.objects), draw_masks(pixels, found)]
+                path = Path(folder) / f"{kind}_{number}.jpg"
+                write_picture(path, np.concatenate(panels, axis=1))
+                paths.append(str(path))
     return paths
