@@ -14,7 +14,8 @@ except ImportError:  # Windows, where runs do not exclude each other
 
 __all__ = ["OutputError", "check_outputs", "open_locked", "open_output", "write_output"]
 
-_TEMPORARY = ".tmp"
+# Behind the name of a file while it is written, and behind that of one whose run can go on (proposal_files.py).
+_TEMPORARY, PARTIAL = ".tmp", ".partial"
 
 
 class OutputError(ValueError):
@@ -44,12 +45,12 @@ def check_outputs(files: dict, *, inputs: Iterable, folders: Optional[dict] = No
     for option, path in files.items():
         if os.path.isdir(path):
             raise OutputError(f"{option}: {path} is a folder: name a file in it")
-        if _identity(path) in read:
-            raise OutputError(f"{option}: {path} is one of the inputs: choose another output")
         if os.path.lexists(path) and not os.path.isfile(path):
             raise OutputError(f"{option}: {path} is no regular file: choose another output")
-        # The file into which the output is written first is its own, too.
-        for name in (os.path.realpath(path), os.path.realpath(path) + _TEMPORARY):
+        # The files into which the output is written first are its own, too.
+        for name in (os.path.realpath(path) + suffix for suffix in ("", _TEMPORARY, PARTIAL)):
+            if _identity(name) in read:
+                raise OutputError(f"{option}: {path} is one of the inputs: choose another output")
             if name in owners:
                 raise OutputError(f"{option}: {path} is also written by {owners[name]}: choose another output")
             owners[name] = option

@@ -17,7 +17,7 @@ import numpy as np
 from detectron2.structures import BoxMode, Instances
 
 from .fingerprint import changed_settings
-from .outputs import OutputError, open_locked, open_output
+from .outputs import PARTIAL, OutputError, open_locked, open_output
 
 # How many changed settings a message names.
 _NAMED = 4
@@ -68,10 +68,11 @@ class ProposalWriter:
             OutputError: another run is writing the output, or one with other settings was stopped; the message names those that changed.
         """
         self.output = Path(output)
-        self.partial = self.output.with_name(self.output.name + ".partial")
+        self.partial = self.output.with_name(self.output.name + PARTIAL)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self._places = {}  # key of an image -> where its line begins
         self._pictures = set()
+        self._started = False
         self._file = open_locked(self.partial)
         try:
             # As it is when it has been read from the file.
@@ -79,6 +80,7 @@ class ProposalWriter:
         except BaseException:
             self.close()
             raise
+        self._started = True
 
     def __enter__(self) -> "ProposalWriter":
         return self
@@ -87,7 +89,9 @@ class ProposalWriter:
         self.close()
 
     def close(self) -> None:
-        """Stop; what was added stays for a run that goes on."""
+        """Stop; what was added stays for a run that goes on. A run that added nothing leaves nothing."""
+        if self._started and not self._places and not self._file.closed:
+            self.partial.unlink(missing_ok=True)
         # A line that did not fit on a full disk would fail here a second time.
         with contextlib.suppress(OSError):
             self._file.close()
@@ -223,6 +227,7 @@ class ProposalWriter:
         if not keep_partial:
             # Before the lock is given back, so that no other run goes on with it.
             self.partial.unlink()
+            self._started = False
         self.close()
         return count
 

@@ -130,6 +130,8 @@ def run_tool(monkeypatch, name, *arguments) -> None:
             r"--pkl: .*new\.json is also written by --output",
         ),
         ({"--output": "new.json", "--pkl": "new.json.tmp"}, {}, r"--pkl: .*new\.json\.tmp is also written by --output"),
+        ({"--output": "new.json", "--pkl": "new.json.partial"}, {}, r"--pkl: .* is also written by --output"),
+        ({"--output": "b.json"}, {}, r"--output: .*b\.json is one of the inputs"),
         ({"--output": "photos"}, {}, r"--output: .*photos is a folder"),
         ({"--output": "pipe"}, {}, r"--output: .*pipe is no regular file"),
         ({"--output": "a.json/new.json"}, {}, r"--output: cannot write .*a\.json/new\.json"),
@@ -142,6 +144,7 @@ def run_tool(monkeypatch, name, *arguments) -> None:
 )
 def test_outputs_that_cannot_be_are_refused_and_nothing_is_touched(photos, tmp_path, files, folders, message):
     (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "b.json.tmp").symlink_to("a.json")
     (tmp_path / "link.json").symlink_to("a.json")
     os.link(tmp_path / "a.json", tmp_path / "hard.json")
     os.mkfifo(tmp_path / "pipe")
@@ -452,6 +455,25 @@ def test_a_broken_image_does_not_end_selective_search(tmp_path, monkeypatch, cap
     assert {r["image_id"] for r in json.loads((tmp_path / "o.json").read_text())} == {2}
 
 
+def test_a_broken_image_does_not_end_the_pictures_of_an_evaluation(tmp_path, monkeypatch, capsys, make_dataset):
+    drawn = make_dataset(tmp_path / "data", num_images=2)
+    (drawn.image_root / "1.png").write_text("no image")
+    (tmp_path / "p.json").write_text("[]")
+    arguments = [
+        "--annotations",
+        drawn.annotations,
+        "--image-root",
+        drawn.image_root,
+        "--proposals",
+        tmp_path / "p.json",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        run_tool(monkeypatch, "evaluate_proposals.py", *arguments, "--pictures", tmp_path / "pictures")
+    assert ended.value.code == 1
+    assert f"image 1, {drawn.image_root / '1.png'}: it is no image" in capsys.readouterr().err
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
+
+
 # ------------------------------------------------------------------ runs that go on
 
 
@@ -524,6 +546,17 @@ def test_weights_may_have_moved(stub, photos, tmp_path):
     assert len(StubPredictor.seen) == 2
 
 
+def test_a_run_that_fails_before_its_first_image_leaves_nothing(stub, photos, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("no such model")
+
+    monkeypatch.setattr(compute, "ProposalPredictor", fail)
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match="no such model"):
+        stub(input=[str(photos)], output=str(tmp_path / "p.json"))
+    assert content(tmp_path) == before
+
+
 def test_a_file_that_is_no_partial_file_is_left_alone(tmp_path):
     partial = tmp_path / "p.json.partial"
     partial.write_text("my notes\n")
@@ -569,19 +602,17 @@ def test_pictures_of_images_with_one_stem_are_all_there(stub, tmp_path):
     assert len(list(pictures.iterdir())) == 3
 
 
-def test_a_picture_that_cannot_be_written_is_an_error_of_its_image(
-    stub, photos, tmp_path, capsys, full_disk, monkeypatch
-):
+def test_a_picture_that_cannot_be_written_is_an_error_of_its_image(stub, photos, tmp_path, capsys, monkeypatch):
     options = {"input": [str(photos)], "output": str(tmp_path / "p.json"), "visualize": str(tmp_path / "pictures")}
-    sync = os.fsync
+    replace = os.replace
     with monkeypatch.context() as patch:
 
-        def fail_for_pictures(number):
-            if os.readlink(f"/proc/self/fd/{number}").endswith("1.jpg.tmp"):
+        def fail_for_a_picture(source, target):
+            if str(target).endswith("1.jpg"):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            sync(number)
+            replace(source, target)
 
-        patch.setattr(os, "fsync", fail_for_pictures)
+        patch.setattr(os, "replace", fail_for_a_picture)
         assert stub(**options) == 1
     error = capsys.readouterr().err
     assert "image 2" in error

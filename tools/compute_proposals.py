@@ -4,9 +4,9 @@
     tools/compute_proposals.py --input photographs/ --output proposals.json --visualize pictures/
     tools/compute_proposals.py --annotations instances.json --image-root images/ --output proposals.json
 
-Images given by --input are numbered from 1 in the order of their names, and every result also has the file_name. Folders are searched with
-their sub-folders, without hidden files. An image that cannot be done is named, left out, and makes the exit status 1. A run that was stopped
-goes on where it was, with the same settings; images that were added, replaced or removed meanwhile concern no other.
+Images given by --input are numbered from 1 in the order of their names, and every result also has the file_name. Folders are searched
+with their sub-folders, without hidden files. An image that cannot be done is named, left out, and makes the exit status 1. A run that was
+stopped goes on where it was, with the same settings; images that were added, replaced or removed meanwhile concern no other.
 """
 
 import argparse

@@ -3,8 +3,9 @@
 
     tools/demo.py --input photographs/ --output detections/
 
-Folders are searched with their sub-folders, without hidden files. An image that cannot be done is named, left out, and makes the exit status
-1. A run that was stopped goes on where it was, with the same settings; images that were added, replaced or removed meanwhile concern no other.
+Folders are searched with their sub-folders, without hidden files. An image that cannot be done is named, left out, and makes the exit
+status 1. A run that was stopped goes on where it was, with the same settings; images that were added, replaced or removed meanwhile concern
+no other.
 """
 
 import argparse
