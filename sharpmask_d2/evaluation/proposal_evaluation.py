@@ -87,9 +87,9 @@ class ProposalEvaluator(DatasetEvaluator):
             boxes = proposals.proposal_boxes.tensor.detach().cpu().double().numpy().copy()
             boxes[:, 2:] -= boxes[:, :2]
             scores = proposals.objectness_logits.detach().cpu().double().numpy()
-            self._recalls[BOXES].add(image_id, _ground_truth(self._coco, image_id, BOXES), boxes, scores)
+            self._recalls[BOXES].add(image_id, ground_truth(self._coco, image_id, BOXES), boxes, scores)
             if proposals.has("proposal_masks"):
-                truth = _ground_truth(self._coco, image_id, MASKS)
+                truth = ground_truth(self._coco, image_id, MASKS)
                 self._recalls[MASKS].add(image_id, truth, proposals.proposal_masks.rle(), scores)
             elif len(scores):
                 self._without_masks.append(image_id)
@@ -164,7 +164,7 @@ def evaluate_proposal_json(
     if isinstance(proposals, (str, os.PathLike)):
         source = os.fspath(proposals)
         proposals = load_json(proposals)
-    has_masks = _check_results(coco, proposals, source)
+    has_masks = check_results(coco, proposals, source)
 
     by_image = defaultdict(list)
     for result in proposals:
@@ -174,10 +174,10 @@ def evaluate_proposal_json(
         scores = [result["score"] for result in results]
         masks = [coco.annToRLE(result) for result in results] if has_masks else []
         if has_masks:
-            recalls[MASKS].add(image_id, _ground_truth(coco, image_id, MASKS), masks, scores)
+            recalls[MASKS].add(image_id, ground_truth(coco, image_id, MASKS), masks, scores)
         boxes = [r["bbox"] if "bbox" in r else mask_utils.toBbox(masks[i]) for i, r in enumerate(results)]
         boxes = np.array(boxes, dtype=np.float64)
-        recalls[BOXES].add(image_id, _ground_truth(coco, image_id, BOXES), boxes, scores)
+        recalls[BOXES].add(image_id, ground_truth(coco, image_id, BOXES), boxes, scores)
     return _summarize(coco, recalls)
 
 
@@ -222,12 +222,12 @@ def _summarize(coco: COCO, recalls: dict[str, RecallAccumulator]) -> "OrderedDic
         nothing = np.empty((0, 4)) if kind == BOXES else []
         for image_id in coco.getImgIds():
             if image_id not in recall.images:
-                recall.add(image_id, _ground_truth(coco, image_id, kind), nothing, [])
+                recall.add(image_id, ground_truth(coco, image_id, kind), nothing, [])
         metrics[kind] = recall.summarize()
     return metrics
 
 
-def _ground_truth(coco: COCO, image_id, kind: str) -> GroundTruth:
+def ground_truth(coco: COCO, image_id, kind: str) -> GroundTruth:
     """The objects of an image, in COCOeval's order: by category, which decides between equal IoUs."""
     if image_id not in coco.imgs:
         raise ValueError(f"image {image_id} is not in the annotations")
@@ -248,7 +248,7 @@ def _ground_truth(coco: COCO, image_id, kind: str) -> GroundTruth:
     )
 
 
-def _check_results(coco: COCO, results: Sequence[dict], source: str) -> bool:
+def check_results(coco: COCO, results: Sequence[dict], source: str) -> bool:
     """Whether the results have masks; an error that names the first bad one."""
     if not isinstance(results, (list, tuple)) or not all(isinstance(result, dict) for result in results):
         raise ValueError(f"{source} is not a COCO result file: a list of dicts is expected")
