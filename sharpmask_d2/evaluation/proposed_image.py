@@ -29,7 +29,8 @@ class ProposedImage(NamedTuple):
     """An image, its objects and its proposals.
 
     objects: of the image. masks: D RLEs, best first. ious: (D, G) of the masks with those of the objects. windows: (D, 4) XYXY in
-    pixels of the image, of the proposals; None where they are not known.
+    pixels of the image, of the proposals' masks; None where they are not known. given_boxes: G RLEs, the masks that a model makes of the
+    objects when it is given their boxes; None where it was not asked.
     """
 
     image_id: Hashable
@@ -37,6 +38,7 @@ class ProposedImage(NamedTuple):
     masks: list
     ious: np.ndarray
     windows: Optional[np.ndarray] = None
+    given_boxes: Optional[list] = None
 
 
 def image_objects(coco: COCO, image_id: Hashable) -> ImageObjects:

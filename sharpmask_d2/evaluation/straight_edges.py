@@ -89,7 +89,7 @@ class StraightEdges:
             counted, straight = in_area_ranges(np.array(areas)), np.array(straight, dtype=bool)
             rows.append([name, len(straight), *(percent(straight[chosen]) for chosen in counted)])
         title = (
-            "Straight edges: masks with a horizontal or vertical piece of outline, away from the border of the image, that is longer than "
+            "Straight edges: masks with a horizontal or vertical piece of outline, away from the border of the image, that is longer than\n"
             f"{SHARE:.0%} of the larger side of the mask's box; in percent, by size of the mask (small ones have such edges by nature)"
         )
         return [Table("straight edges", title, ["masks", "number", *AREA_RANGES], rows)]

@@ -154,23 +154,29 @@ class SegmentProposalNetwork(ProposalNetwork):
                 raise ValueError(
                     "MODEL.SHARPMASK.GENERATOR.FROZEN is True: alone, without a detector, there is nothing left to train; set it to False"
                 )
-            images, features = self._features(batched_inputs)
-            pyramid = self.proposal_generator.pyramid(images.image_sizes, features)
+            pyramid, _ = self.pyramid(batched_inputs)
             instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
             return self.proposal_generator.losses(pyramid, instances)
         # Padding to the size of another image would reach into the features: images of one size go together.
         outputs = [None] * len(batched_inputs)
         for numbers in _by_size(batched_inputs):
             inputs = [batched_inputs[number] for number in numbers]
-            images, features = self._features(inputs)
-            sizes = images.image_sizes
-            pyramid = self.proposal_generator.pyramid(sizes, features)
+            pyramid, sizes = self.pyramid(inputs)
             originals = [(x.get("height") or size[0], x.get("width") or size[1]) for x, size in zip(inputs, sizes)]
             for number, proposals in zip(numbers, self.proposal_generator.propose(pyramid, sizes, originals)):
                 outputs[number] = {"proposals": proposals}
         return outputs
 
-    def _features(self, batched_inputs: list) -> tuple:
+    def pyramid(self, batched_inputs: list) -> tuple:
+        """What is computed once for a batch of images.
+
+        Args:
+            batched_inputs: see `forward`.
+
+        Returns:
+            the generator's `Pyramid`, and the images' sizes (height, width) in pixels, as they reach the backbone.
+        """
         pixels = [(inputs["image"].to(self.device) - self.pixel_mean) / self.pixel_std for inputs in batched_inputs]
         images = ImageList.from_tensors(pixels, self.backbone.size_divisibility)
-        return images, self.backbone(images.tensor.contiguous(memory_format=torch.channels_last))
+        features = self.backbone(images.tensor.contiguous(memory_format=torch.channels_last))
+        return self.proposal_generator.pyramid(images.image_sizes, features), images.image_sizes

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import nms
 
-from .windows import canonical_size, centred_windows
+from .windows import centred_windows, windows_to_patches
 
 # Windows that are compared for each that is asked for, before all are: on photographs 2.1 to 2.3 were enough.
 _FIRST = 2.5
@@ -87,9 +87,7 @@ class PyramidWindows:
 
     def patches(self, windows: Tensor) -> Tensor:
         """Patches (N, 4) XYXY in which an object that fits its window has the size and place that the label rule asks for."""
-        factor = self.object_share * self.window_size / canonical_size(self.window_size)
-        centres, half = (windows[:, :2] + windows[:, 2:]) / 2, (windows[:, 2:] - windows[:, :2]) * (factor / 2)
-        return torch.cat([centres - half, centres + half], dim=1)
+        return windows_to_patches(windows, self.object_share, self.window_size)
 
 
 def spread(windows: Tensor, scores: Tensor, thresh: float, count: int) -> Tensor:

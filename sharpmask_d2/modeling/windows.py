@@ -127,6 +127,21 @@ def corner_aligned(windows: Tensor, mask_size: int) -> Tensor:
     return torch.cat([windows[:, :2] - half_cell, windows[:, 2:] + half_cell], dim=1)
 
 
+def square_windows(boxes: Tensor, share: float) -> Tensor:
+    """Square windows centred on boxes.
+
+    Args:
+        boxes: (G, 4) XYXY in the image, in pixels.
+        share: larger side of the box as a share of the window's side.
+
+    Returns:
+        (G, 4) XYXY in the same frame.
+    """
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    half = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True) / (2 * share)
+    return torch.cat([centres - half, centres + half], dim=1)
+
+
 def object_windows(boxes: Tensor, window_size: int) -> Tensor:
     """Canonical windows of objects: centred on the box, its larger side canonical.
 
@@ -136,8 +151,22 @@ def object_windows(boxes: Tensor, window_size: int) -> Tensor:
     Returns:
         (G, 4) XYXY squares in the same frame.
     """
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    half = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True) * (window_size / canonical_size(window_size) / 2)
+    return square_windows(boxes, canonical_size(window_size) / window_size)
+
+
+def windows_to_patches(windows: Tensor, share: float, window_size: int) -> Tensor:
+    """Patches in which an object that fits its window has the size and place that the label rule asks for.
+
+    Args:
+        windows: (N, 4) XYXY in the image, in pixels.
+        share: larger side of an object that fits its window, as a share of the window's side.
+        window_size: side in pixels of the patch that the label rule speaks of.
+
+    Returns:
+        (N, 4) XYXY in the same frame.
+    """
+    factor = share * window_size / canonical_size(window_size)
+    centres, half = (windows[:, :2] + windows[:, 2:]) / 2, (windows[:, 2:] - windows[:, :2]) * (factor / 2)
     return torch.cat([centres - half, centres + half], dim=1)
 
 
