@@ -14,7 +14,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from .proposal_evaluation import MASKS, check_results, ground_truth, load_json
+from .proposal_evaluation import BOXES, MASKS, check_results, ground_truth, load_json
 from .recall import AREA_RANGES, PROPOSAL_COUNTS, GroundTruth
 
 
@@ -47,18 +47,12 @@ def image_objects(coco: COCO, image_id: Hashable) -> ImageObjects:
     Raises:
         ValueError: an annotation has no mask, no area or no box.
     """
-    annotations = [a for a in coco.imgToAnns[image_id] if not a.get("iscrowd", 0)]
-    # In the order of the categories, as `ground_truth` has them.
-    annotations.sort(key=lambda annotation: annotation.get("category_id", 0))
-    truth = ground_truth(coco, image_id, MASKS)
-    chosen = np.flatnonzero(~truth.is_crowd)
-    truth = GroundTruth([truth.regions[i] for i in chosen], truth.areas[chosen], truth.is_crowd[chosen])
-    for annotation in annotations:
-        if not annotation.get("bbox"):
-            raise ValueError(f"annotation {annotation.get('id')} of image {image_id} has no bbox")
-    boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return ImageObjects(truth, boxes)
+    masks, boxes = (ground_truth(coco, image_id, kind) for kind in (MASKS, BOXES))
+    chosen = np.flatnonzero(~masks.is_crowd)
+    corners = boxes.regions[chosen]
+    corners[:, 2:] += corners[:, :2]
+    truth = GroundTruth([masks.regions[i] for i in chosen], masks.areas[chosen], masks.is_crowd[chosen])
+    return ImageObjects(truth, corners)
 
 
 def proposed_image(
