@@ -232,6 +232,13 @@ def add_sharpmask_config(cfg: CN) -> None:
     # Iterative localisation: times that the network runs on RoIs, from the second on those it predicted itself.
     _M.ITERATIONS = 1
 
+    # --- datasets that are trained on together with INPUT.SCALE_JITTER -------------------------------------------------------
+    # Names of DATASETS.TRAIN whose annotations are not exhaustive: their objects teach masks and scores, but what nobody annotated in
+    # them counts as unknown, not as background.
+    cfg.DATASETS.NOT_EXHAUSTIVE = ()
+    # Pairs of a name of DATASETS.TRAIN and the greatest share, in 0..1, that this dataset takes of the images of an epoch.
+    cfg.DATASETS.MAX_SHARES = []
+
     # --- large-scale jitter: images resized at random, and a square cut out of or around them ---------------------------------
     cfg.INPUT.SCALE_JITTER = CN()
     cfg.INPUT.SCALE_JITTER.ENABLED = False

@@ -4,12 +4,18 @@ Shape letters: H W image.
 """
 
 import numpy as np
+import torch
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import annotations_to_instances
+from detectron2.utils import comm
 from fvcore.transforms.transform import Transform
 
+from .mixing import MixingSampler, epoch_counts, load_datasets
 from .patch_mapper import PADDING_VALUE
+
+# Cuts that are drawn of an image, at most, until one has an object.
+_TRIES = 20
 
 
 class CutTransform(Transform):
@@ -75,7 +81,22 @@ def build_jitter_augmentations(cfg) -> list:
 
 
 class JitterMapper(DatasetMapper):
-    """Detectron2's mapper, which fails where it computes boxes from the masks of an image without objects."""
+    """Detectron2's mapper for images without objects, on which that fails, and for datasets whose annotations are not exhaustive.
+
+    Where annotations are not exhaustive, `instances` has a field `gt_exhaustive`, False for every object. A cut out of such an image
+    teaches something only around objects, so it is drawn anew until it has one, a limited number of times.
+    """
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        """See Detectron2's DatasetMapper."""
+        if dataset_dict.get("exhaustive", True):
+            return super().__call__(dataset_dict)
+        for _ in range(_TRIES):
+            mapped = super().__call__(dataset_dict)
+            if len(mapped["instances"]):
+                break
+        mapped["instances"].gt_exhaustive = torch.zeros(len(mapped["instances"]), dtype=torch.bool)
+        return mapped
 
     def _transform_annotations(self, dataset_dict: dict, transforms, image_shape: tuple) -> None:
         if any(not annotation.get("iscrowd", 0) for annotation in dataset_dict["annotations"]):
@@ -95,4 +116,16 @@ def build_jitter_train_loader(cfg):
         instance_mask_format="bitmask",
         recompute_boxes=cfg.MODEL.MASK_ON,
     )
-    return build_detection_train_loader(cfg, mapper=mapper)
+    dicts, sizes = load_datasets(cfg)
+    shares = dict(cfg.DATASETS.MAX_SHARES)
+    if unknown := set(shares) - set(cfg.DATASETS.TRAIN):
+        raise ValueError(f"DATASETS.MAX_SHARES names {sorted(unknown)}, which DATASETS.TRAIN does not have")
+    counts = epoch_counts(sizes, [shares.get(name, 1.0) for name in cfg.DATASETS.TRAIN])
+    sampler = MixingSampler(
+        sizes=sizes,
+        counts=counts,
+        seed=max(cfg.SEED, 0),
+        rank=comm.get_rank(),
+        world_size=comm.get_world_size(),
+    )
+    return build_detection_train_loader(cfg, mapper=mapper, dataset=dicts, sampler=sampler)

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from .pyramid_windows import PyramidWindows
 from .window_targets import balance_windows, mask_targets
-from .windows import label_windows
+from .windows import label_windows, object_windows, window_offsets
+
+# Share of the distance at which windows become negative within which they are fully positive.
+_FULL = 0.25
 
 
 class WindowSample(NamedTuple):
@@ -98,6 +101,40 @@ class PyramidSampler:
         place_among_near = near.cumsum(0) - 1
         return WindowSample(*(x[order] for x in joined), targets[place_among_near[order][near[order]]])
 
+    def score_targets(self, scores: Tensor, sizes: list, gt_instances: list) -> Tensor:
+        """What the scores of all windows learn.
+
+        A window within a quarter of the distance from which it is negative by the label rule has a target of 1, from there on the target
+        falls linearly to 0. Objects that are too small for the smallest window count as large enough. In images whose annotations are
+        not exhaustive (a field `gt_exhaustive`), the target of a window that is far from every object is known only inside an object's
+        canonical window: elsewhere there may be an object that nobody annotated.
+
+        Args:
+            scores: (B, T) logits, -inf for cells outside of an image.
+            sizes: (Y, X) of each level.
+            gt_instances: Instances of each image with gt_boxes in the frame of the windows.
+
+        Returns:
+            (B, T) float32 in 0..1, -1 where a window learns nothing.
+        """
+        cells = self.geometry.cells(torch.arange(scores.shape[1], device=scores.device), sizes)
+        patches, size = self.geometry.patches(self.geometry.windows(cells)), self.geometry.window_size
+        targets = []
+        for gt, image_scores in zip(gt_instances, scores):
+            boxes = enlarged(gt.gt_boxes.tensor, self.geometry.smallest_object)
+            target = torch.zeros_like(image_scores)
+            if len(boxes):
+                shift, octaves = window_offsets(patches, boxes, size)
+                distance = torch.maximum(
+                    shift / self.label_rule["negative_shift"], octaves / self.label_rule["negative_octaves"]
+                ).amin(dim=1)
+                target = ((1 - distance) / (1 - _FULL)).clamp(0, 1)
+            if gt.has("gt_exhaustive"):
+                far = (target == 0).nonzero()[:, 0]
+                target[far[~_within(patches[far], object_windows(boxes, size))]] = -1
+            targets.append(target.masked_fill(image_scores == -math.inf, -1))
+        return torch.stack(targets)
+
     def label(self, patches: Tensor, boxes: Tensor, inside: Tensor) -> tuple:
         """Label the windows of an image.
 
@@ -124,3 +161,18 @@ class PyramidSampler:
             nearest = torch.where(closer == 1, objects_around, objects[near])
             objects[near] = torch.where(positive == 1, objects_of_positive, nearest)
         return labels, around, objects
+
+
+def enlarged(boxes: Tensor, smallest: float) -> Tensor:
+    """Boxes (G, 4) XYXY about their centres, scaled up where the larger side is below `smallest` pixels to have that side."""
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    sides = boxes[:, 2:] - boxes[:, :2]
+    half = sides * (smallest / sides.amax(dim=1, keepdim=True).clamp(min=1e-6)).clamp(min=1) / 2
+    return torch.cat([centres - half, centres + half], dim=1)
+
+
+def _within(windows: Tensor, others: Tensor) -> Tensor:
+    """(N,) bool: which windows (N, 4) XYXY lie inside one of the others (G, 4)."""
+    low = (windows[:, None, :2] >= others[None, :, :2]).all(dim=2)
+    high = (windows[:, None, 2:] <= others[None, :, 2:]).all(dim=2)
+    return (low & high).any(dim=1)

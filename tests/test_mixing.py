@@ -1,0 +1,154 @@
+"""Training on several datasets: shares of an epoch, and annotations that are not exhaustive."""
+
+import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
+
+# isort: split
+
+import itertools
+import math
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+from sharpmask_d2.data import build_jitter_train_loader, register_datasets
+from sharpmask_d2.data.mixing import MixingSampler, epoch_counts, load_datasets
+from sharpmask_d2.modeling.pyramid_sampling import PyramidSampler
+from sharpmask_d2.modeling.pyramid_windows import PyramidWindows
+
+RULE = {"positive_shift": 16.0, "positive_octaves": 0.25, "negative_shift": 32.0, "negative_octaves": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shares", "expected"),
+    [
+        ([100, 50], [1.0, 1.0], [100, 50]),
+        ([100, 500], [1.0, 0.2], [100, 25]),
+        ([100, 500, 500], [1.0, 0.25, 0.25], [100, 50, 50]),
+        # Smaller than its share, a dataset is there as a whole.
+        ([100, 10], [1.0, 0.5], [100, 10]),
+        ([80, 20, 500], [1.0, 0.4, 0.5], [80, 20, 100]),
+    ],
+)
+def test_no_dataset_exceeds_its_share_of_an_epoch(sizes, shares, expected):
+    counts = epoch_counts(sizes, shares)
+    assert counts == expected
+    assert all(count <= share * sum(counts) + 1e-9 for count, share in zip(counts, shares))
+
+
+def test_shares_that_leave_nothing_are_named():
+    with pytest.raises(ValueError, match="add up to 1 or more"):
+        epoch_counts([10, 100, 100], [1.0, 0.5, 0.5])
+    with pytest.raises(ValueError, match="one dataset at least has to be without a limit"):
+        epoch_counts([10], [0.5])
+
+
+def test_an_epoch_has_each_image_of_a_whole_dataset_once_and_goes_through_the_other_in_turn():
+    sizes, counts = [6, 9], [6, 3]
+    stream = list(islice(MixingSampler(sizes=sizes, counts=counts, seed=3), 27))
+    epochs = [stream[i : i + 9] for i in (0, 9, 18)]
+    for epoch in epochs:
+        assert sorted(n for n in epoch if n < 6) == list(range(6))
+    assert sorted(n for epoch in epochs for n in epoch if n >= 6) == list(range(6, 15))
+    assert stream == list(islice(MixingSampler(sizes=sizes, counts=counts, seed=3), 27))
+    assert stream != list(islice(MixingSampler(sizes=sizes, counts=counts, seed=4), 27))
+
+
+def test_ranks_divide_the_stream():
+    options = {"sizes": [5, 4], "counts": [5, 2], "seed": 0}
+    whole = list(islice(MixingSampler(**options), 20))
+    parts = [list(islice(MixingSampler(**options, rank=rank, world_size=2), 10)) for rank in range(2)]
+    assert [n for pair in zip(*parts) for n in pair] == whole
+
+
+@pytest.fixture
+def two_datasets(tiny_cfg, make_dataset, tmp_path):
+    names = ["mixing_whole", "mixing_partial"]
+    for seed, name in enumerate(names):
+        drawn = make_dataset(tmp_path / name, num_images=3, seed=seed, objects_per_image=1)
+        register_datasets([(name, str(drawn.annotations), str(drawn.image_root))])
+    cfg = tiny_cfg.clone()
+    cfg.MODEL.MASK_ON = True
+    cfg.DATASETS.TRAIN = names
+    cfg.DATASETS.NOT_EXHAUSTIVE = names[1:]
+    cfg.INPUT.SCALE_JITTER.ENABLED = True
+    cfg.INPUT.SCALE_JITTER.SIDE, cfg.INPUT.SCALE_JITTER.CROP = 320, 64
+    cfg.SOLVER.IMS_PER_BATCH = 1
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.SEED = 1
+    yield cfg
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_cuts_of_images_that_are_not_exhaustively_annotated_have_an_object(two_datasets):
+    dicts, sizes = load_datasets(two_datasets)
+    assert sizes == [3, 3]
+    assert [image["exhaustive"] for image in dicts] == [True] * 3 + [False] * 3
+    empty = Counter()
+    for batch in islice(build_jitter_train_loader(two_datasets), 60):
+        (image,) = batch
+        instances = image["instances"]
+        partial = "mixing_partial" in image["file_name"]
+        assert instances.has("gt_exhaustive") == partial
+        assert not partial or instances.gt_exhaustive.tolist() == [False] * len(instances)
+        empty[partial] += len(instances) == 0
+    # Cuts of a fifth of the image's side often miss its only object.
+    assert empty[False] > 0
+    assert empty[True] == 0
+
+
+@pytest.mark.parametrize("key", ["NOT_EXHAUSTIVE", "MAX_SHARES"])
+def test_datasets_that_are_not_trained_on_are_named(two_datasets, key):
+    two_datasets.DATASETS[key] = ["elsewhere"] if key == "NOT_EXHAUSTIVE" else [["elsewhere", 0.5]]
+    with pytest.raises(ValueError, match=rf"DATASETS\.{key} names \['elsewhere'\]"):
+        build_jitter_train_loader(two_datasets)
+
+
+@pytest.mark.parametrize("exhaustive", [True, False])
+def test_targets_of_scores_against_a_slow_definition(exhaustive):
+    geometry = PyramidWindows(strides=[4, 8, 16], window_cells=[5, 7], object_share=0.8, window_size=160)
+    sampler = PyramidSampler(
+        geometry=geometry,
+        label_rule=RULE,
+        mask_rule={},
+        windows_per_image=400,
+        positive_fraction=0.25,
+        hard_fraction=0.5,
+    )
+    gt = Instances((128, 128))
+    gt.gt_boxes = Boxes(
+        torch.tensor([[20.0, 30.0, 84.0, 70.0], [90.0, 90.0, 120.0, 118.0], [10.0, 100.0, 16.0, 104.0]])
+    )
+    if not exhaustive:
+        gt.gt_exhaustive = torch.zeros(3, dtype=torch.bool)
+    sizes = [(32, 32), (16, 16), (8, 8)]
+    scores = torch.zeros(1, 2 * sum(y * x for y, x in sizes))
+    scores[0, 5] = -math.inf
+    (targets,) = sampler.score_targets(scores, sizes, [gt])
+    number, seen = 0, set()
+    # Side of an object that fits its window of 160 pixels canonically, as the label rule has it.
+    canonical = 92
+    for stride, (rows, columns) in zip([4, 8, 16], sizes):
+        for cells in (5, 7):
+            for row, column in itertools.product(range(rows), range(columns)):
+                x, y = (column + 0.5) * stride, (row + 0.5) * stride
+                # The larger side of an object that this window would be canonical for.
+                fitting = 0.8 * cells * stride
+                target, known = 0.0, exhaustive
+                for x0, y0, x1, y1 in gt.gt_boxes.tensor.tolist():
+                    # The smallest window, of five cells of four pixels, stands for smaller objects, too.
+                    side = max(x1 - x0, y1 - y0, 16.0)
+                    away = max(abs(x - (x0 + x1) / 2), abs(y - (y0 + y1) / 2))
+                    distance = max(away * canonical / fitting / 32, abs(math.log2(fitting / side)) / 1.0)
+                    target = max(target, min(1, max(0, (1 - distance) / 0.75)))
+                    known |= away + fitting * 160 / canonical / 2 <= side * 160 / canonical / 2 + 1e-4
+                expected = target if known or target > 0 else -1
+                expected = -1 if number == 5 else expected
+                assert targets[number] == pytest.approx(expected, abs=1e-4), (stride, cells, row, column)
+                seen.add("between" if 0 < expected < 1 else expected)
+                number += 1
+    assert seen == {"between", 0, 1, -1}
