@@ -11,12 +11,11 @@ import torch
 from .caching import keep_between_images
 from .compute import build_config
 from .evaluation.given_boxes import BoxDecoder
-from .evaluation.model_proposals import images_of_model, object_share, window_rule
+from .evaluation.model_proposals import images_of_model, window_rule
 from .evaluation.proposal_analysis import analyze
 from .evaluation.proposal_evaluation import load_annotations, write_json
 from .evaluation.proposed_image import images_of_results
 from .modeling.inference import autocast
-from .modeling.windows import square_windows
 from .predictor import ProposalPredictor, prepare_image
 from .structures import WindowMasks
 
@@ -65,19 +64,18 @@ def box_decoder(predictor: ProposalPredictor) -> Optional[BoxDecoder]:
         predictor: of any model.
 
     Returns:
-        None for a model whose generator has no method `decode`, so that it makes masks only of windows of its own.
+        None for a model whose generator makes masks only of windows of its own.
     """
     generator = getattr(predictor.model, "proposal_generator", None)
-    if not hasattr(generator, "decode"):
+    if not getattr(generator, "decodes_any_window", False):
         return None
-    share = object_share(predictor.model, predictor.cfg.MODEL.SHARPMASK.WINDOW_SIZE)
 
     @torch.no_grad()
     def decode(image: np.ndarray, boxes: np.ndarray) -> WindowMasks:
         inputs = prepare_image(image, predictor.resize, predictor.cfg)
         (old_height, old_width), (height, width) = image.shape[:2], inputs["image"].shape[1:]
         scaled = torch.from_numpy(boxes * ([width / old_width, height / old_height] * 2)).float()
-        windows = square_windows(scaled, share).to(predictor.model.device)
+        windows = generator.canonical_windows(scaled.to(predictor.model.device))
         with autocast(predictor.model.device, predictor.dtype):
             pyramid, _ = predictor.model.pyramid([inputs])
             logits = generator.decode(pyramid, torch.zeros_like(windows[:, 0], dtype=torch.long), windows)

@@ -182,6 +182,17 @@ def add_sharpmask_config(cfg: CN) -> None:
     # Windows that learn a mask, positive or not: this near to an object, in pixels of the patch and in octaves (see LABELS).
     _C.FPN.MASK_SHIFT = 24.0
     _C.FPN.MASK_OCTAVES = 0.5
+    # "cells" decodes the masks of whole cells of a level. "windows" decodes the masks of any windows and learns them in windows that are
+    # jittered around objects.
+    _C.FPN.DECODER = "cells"
+    # Of the decoder of windows: side of the window whose mask is decoded, in sides of the scored window.
+    _C.FPN.MASK_WINDOW = 1.2
+    # How many masks at most are decoded a second time because their window cuts them, in the canonical window of the first mask's box.
+    _C.FPN.SECOND_LOOK = 0
+    # Windows per image that learn a mask; their greatest shift, in sides of the window, and factor, in octaves.
+    _C.FPN.MASK_WINDOWS_PER_IMAGE = 32
+    _C.FPN.MASK_JITTER_SHIFT = 0.12
+    _C.FPN.MASK_JITTER_OCTAVES = 0.4
     # Share of the negatives that are those of highest score.
     _C.FPN.HARD_FRACTION = 0.5
     # Masks of detections: "proposal", those of the proposals they came from; "head", Detectron2's mask head; "none".

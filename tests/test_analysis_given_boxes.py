@@ -18,6 +18,10 @@ from sharpmask_d2.structures import WindowMasks
 SMALL = ("MODEL.SHARPMASK.TEST.NUM_PROPOSALS", "20", "INPUT.MIN_SIZE_TEST", "96")
 
 
+# A model with random weights whose decoder makes masks of any windows.
+ANY_WINDOW = ("MODEL.SHARPMASK.FPN.DECODER", "windows", "MODEL.WEIGHTS", "")
+
+
 def rate(dataset, decode) -> dict:
     """The rows of the table for a decoder."""
     coco = load_annotations(dataset.annotations)
@@ -122,7 +126,7 @@ def left_halves(monkeypatch):
     """SharpMaskFPN makes masks of any window: its left half; and the windows that were asked for."""
     asked = []
 
-    def decode(self, pyramid, images, windows):
+    def decode(self, pyramid, images, windows, tables=None):
         assert len(pyramid.scores) == 1
         assert images.tolist() == [0] * len(windows)
         asked.append(windows)
@@ -130,20 +134,19 @@ def left_halves(monkeypatch):
         logits[:, :, :4] = 100
         return logits
 
-    monkeypatch.setattr(SharpMaskFPN, "decode", decode, raising=False)
+    monkeypatch.setattr(SharpMaskFPN, "decode", decode)
     return asked
 
 
-@pytest.mark.parametrize(("mask_share", "expected"), [(None, 0.8), (0.5, 0.5)])
-def test_a_model_is_asked_for_canonical_windows(left_halves, monkeypatch, mask_share, expected):
-    if mask_share is not None:
-        monkeypatch.setattr(SharpMaskFPN, "mask_share", mask_share, raising=False)
-    predictor = ProposalPredictor(build_config(opts=("INPUT.MIN_SIZE_TEST", "200")))
+@pytest.mark.parametrize("mask_window", [1.0, 1.6])
+def test_a_model_is_asked_for_canonical_windows(left_halves, mask_window):
+    opts = (*ANY_WINDOW, "INPUT.MIN_SIZE_TEST", "200", "MODEL.SHARPMASK.FPN.MASK_WINDOW", str(mask_window))
+    predictor = ProposalPredictor(build_config(opts=opts))
     image = np.random.default_rng(0).integers(0, 255, (100, 161, 3), dtype=np.uint8)
     boxes = np.array([[20.0, 10, 60, 40], [100, 50, 120, 90]])
     masks = box_decoder(predictor)(image, boxes)
-    # The image is seen at 200 x 322: larger sides of 80 each, as a share of the window's side.
-    half = 80 / expected / 2
+    # The image is seen at 200 x 322: larger sides of 80 each, which are 0.8 of the scored window's side.
+    half = 80 / 0.8 * mask_window / 2
     centres = torch.tensor([[80.0, 50], [220, 140]])
     torch.testing.assert_close(left_halves[0], torch.cat([centres - half, centres + half], dim=1))
     # The windows are centred on the boxes, so that the left half of a window is the left half of its box.
@@ -156,17 +159,16 @@ def test_a_model_is_asked_for_canonical_windows(left_halves, monkeypatch, mask_s
         assert not inside[:, middle + 1 :].any()
 
 
-def test_the_table_is_printed_for_models_that_make_such_masks(tmp_path, make_dataset, left_halves, monkeypatch, capsys):
+def test_the_table_is_printed_for_models_that_make_such_masks(tmp_path, make_dataset, left_halves, capsys):
     dataset = make_dataset(tmp_path, num_images=1, objects_per_image=2, size=(96, 128))
     output = tmp_path / "tables.json"
     files = {"annotations": dataset.annotations, "image_root": dataset.image_root, "output": output}
-    analyze_proposals(**files, opts=SMALL)
+    analyze_proposals(**files, opts=(*SMALL, *ANY_WINDOW))
     (row, filled) = json.loads(output.read_text())["given boxes"]
     assert "IoU given the true box" in capsys.readouterr().out
     assert filled["all"] == pytest.approx(100 * np.mean(expected_fill(dataset)))
     assert 0.3 * filled["all"] < row["all"] < 0.8 * filled["all"]
     # Models that only make masks of windows of their own.
-    monkeypatch.delattr(SharpMaskFPN, "decode")
     analyze_proposals(**files, opts=SMALL)
     assert "given boxes" not in json.loads(output.read_text())
     assert box_decoder(ProposalPredictor(build_config("sharpmask_lite0"))) is None

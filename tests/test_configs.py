@@ -15,7 +15,9 @@ from detectron2.solver import build_lr_scheduler
 from sharpmask_d2 import add_sharpmask_config
 from sharpmask_d2.engine import build_optimizer
 from sharpmask_d2.modeling.heads import CoarseMask
+from sharpmask_d2.modeling.pyramid_heads import WindowDecoder
 from sharpmask_d2.modeling.refinement import MultiscaleRefinement, SharpMaskRefinement, SkipRefinement
+from sharpmask_d2.modeling.sampled_decoder import SampledDecoder
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Name -> mask branch, window, number of scales.
@@ -32,8 +34,12 @@ MODELS = {
     "sharpmask_zoom_R_50": (SharpMaskRefinement, 160, 8),
     "skip_R_50": (SkipRefinement, 160, 7),
 }
-# Name -> refinement modules, side of the mask.
-PYRAMID_MODELS = {"sharpmask_fpn_lite0": (2, 56), "sharpmask_fpn_R_50": (2, 56)}
+# Name -> decoder, side of the mask.
+PYRAMID_MODELS = {
+    "sharpmask_bifpn_lite0": (SampledDecoder, 56),
+    "sharpmask_fpn_R_50": (WindowDecoder, 56),
+    "sharpmask_fpn_lite0": (WindowDecoder, 56),
+}
 LAZY = sorted(path.stem for path in (CONFIGS / "lazy").glob("*.py"))
 
 
@@ -86,13 +92,13 @@ def test_yaml_builds_its_model(name):
 
 @pytest.mark.parametrize("name", PYRAMID_MODELS)
 def test_yaml_builds_its_pyramid_model(name):
-    refinements, side = PYRAMID_MODELS[name]
+    decoder, side = PYRAMID_MODELS[name]
     cfg = load_yaml(name)
     model = build_model(cfg)
     generator = model.proposal_generator
     assert generator.strides == [4, 8, 16, 32, 64, 128]
     assert generator.geometry.window_cells == [5, 7]
-    assert (len(generator.decoder.steps), generator.decoder.mask_size) == (refinements, side)
+    assert (type(generator.decoder), generator.decoder.mask_size) == (decoder, side)
     assert not generator.frozen
     assert cfg.INPUT.SCALE_JITTER.ENABLED
     assert Path(cfg.OUTPUT_DIR) == Path("output", name)

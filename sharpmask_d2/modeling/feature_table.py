@@ -87,6 +87,18 @@ class FeatureTable:
         )
         return sampled.view(len(windows), size, size, self.rows.shape[1]).permute(0, 3, 1, 2)
 
+    def sample_windows(self, images: Tensor, windows: Tensor, size: int) -> Tensor:
+        """`sample` on the level on which a cell is nearest in size to one of the M x M parts of the window.
+
+        Args:
+            images: (N,) int64.
+            windows: (N, 4) XYXY in pixels of the image.
+            size: M.
+        """
+        parts = (windows[:, 2] - windows[:, 0]) / size
+        levels = (parts / self.strides[0]).clamp(min=1e-6).log2().round().long().clamp(0, len(self.strides) - 1)
+        return self.sample(images, levels, windows, size)
+
     def _read(self, numbers: Tensor) -> Tensor:
         """(*,) to (*.numel(), C)."""
         return self.rows.index_select(0, numbers.flatten())

@@ -43,6 +43,40 @@ def score_loss(logits: Tensor, labels: Tensor, paying: Tensor) -> Tensor:
     return _mean_over(binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none"), paying)
 
 
+def quality_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logistic loss of scores weighed by the square of their error, over the sum of the targets (Generalized Focal Loss, arXiv 2006.04388,
+    section 3.2).
+
+    Args:
+        logits: (N,).
+        targets: (N,) in 0..1; negative targets are left out.
+
+    Returns:
+        a scalar.
+    """
+    known = targets >= 0
+    logits, targets = logits[known].float(), targets[known]
+    losses = binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return (losses * (logits.sigmoid() - targets) ** 2).sum() / targets.sum().clamp(min=1)
+
+
+def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """One minus the dice coefficient of probabilities and targets (V-Net, arXiv 1606.04797, section 3), mean over windows.
+
+    Args:
+        logits: (N, M, M).
+        targets: (N, M, M) in 0..1.
+
+    Returns:
+        a scalar, 0 if there is no window.
+    """
+    probabilities, targets = logits.float().sigmoid().flatten(1), targets.float().flatten(1)
+    common = (probabilities * targets).sum(dim=1)
+    total = (probabilities**2).sum(dim=1) + (targets**2).sum(dim=1)
+    # The one keeps a window without foreground from dividing by zero.
+    return (1 - (2 * common + 1) / (total + 1)).sum() / max(len(logits), 1)
+
+
 @torch.no_grad()
 def mask_iou(logits: Tensor, targets: Tensor, threshold: float = 0.0) -> Tensor:
     """IoU of each window's mask with its target.

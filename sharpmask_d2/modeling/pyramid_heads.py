@@ -4,6 +4,8 @@ Shape letters: B images, L levels, C channels of the pyramid, Y X cells of a lev
 K cells along a window, E embedding, M mask side.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,6 +49,11 @@ class WindowScores(nn.Module):
         """
         x = self.reduce(feature).relu() * inside
         return torch.cat([predict(match(x).relu()) for match, predict in zip(self.templates, self.predictors)], dim=1)
+
+    def start_rare(self) -> None:
+        """Let untrained scores say that one window in a hundred is positive, as a focal loss needs it (RetinaNet, section 3.3)."""
+        for predictor in self.predictors:
+            nn.init.constant_(predictor[-1].bias, -math.log(99))
 
     def of_windows(self, cells: Tensor, inside: Tensor, kind: int) -> Tensor:
         """

@@ -54,6 +54,11 @@ class PyramidWindows:
         self.strides, self.window_cells = list(strides), list(window_cells)
         self.object_share, self.window_size = object_share, window_size
 
+    @property
+    def smallest_object(self) -> float:
+        """Larger side in pixels of an object that fits the smallest window canonically."""
+        return self.object_share * self.strides[0] * min(self.window_cells)
+
     def cells(self, numbers: Tensor, sizes: list) -> Cells:
         """Cells of windows.
 

@@ -5,6 +5,7 @@ P positive ones, M mask side.
 """
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple, Optional
 
 import torch
@@ -17,15 +18,19 @@ from torch import Tensor, nn
 from ...structures import WindowMasks, build_proposals
 from ...structures.mask_nms import log_to_logit
 from ..feature_table import FeatureTable
-from ..losses import mask_iou, mask_loss, score_loss
+from ..losses import dice_loss, mask_iou, mask_loss, quality_focal_loss, score_loss
 from ..pyramid_heads import WindowDecoder, WindowScores, coarser_levels
-from ..pyramid_sampling import PyramidSampler, WindowSample
+from ..pyramid_sampling import PyramidSampler, WindowSample, enlarged
 from ..pyramid_windows import Cells, PyramidWindows, spread
-from ..windows import label_rule, pyramid_sizes
+from ..sampled_decoder import SampledDecoder, jittered_windows, tight_boxes, touches_inside
+from ..window_targets import mask_targets
+from ..windows import label_rule, pyramid_sizes, square_windows
 from .targets import aside, check_masks, log_windows
 
 # Windows that are looked at for each proposal, so that enough are left when neighbours step back.
 _CANDIDATES = 4
+# Objects whose larger side is below this, in pixels of the resized image, learn no mask.
+_SMALLEST = 6.0
 
 
 class Pyramid(NamedTuple):
@@ -59,7 +64,11 @@ class SharpMaskFPN(nn.Module):
         geometry: PyramidWindows,
         sampler: PyramidSampler,
         scores: WindowScores,
-        decoder: WindowDecoder,
+        decoder: nn.Module,
+        mask_window: float,
+        second_look: int,
+        mask_windows_per_image: int,
+        mask_jitter: tuple,
         scale_prior: float,
         num_proposals: int,
         window_nms_thresh: float,
@@ -79,7 +88,12 @@ class SharpMaskFPN(nn.Module):
             geometry: of the windows on L levels: those of the features, and more that are made of the coarsest.
             sampler: draws the windows that learn.
             scores: gives the scores of all windows.
-            decoder: gives the masks of chosen windows.
+            decoder: gives the masks of chosen windows: a `WindowDecoder`, of cells, or a `SampledDecoder`, of any windows.
+            mask_window: side of the window whose mask is decoded, in sides of the window that is scored; read with a `SampledDecoder`.
+            second_look: how many masks, at most and those of highest score first, are decoded again because their window cuts them, in
+                the canonical window of the first mask's box.
+            mask_windows_per_image: windows of an image that learn a mask.
+            mask_jitter: shift and octaves of these windows, see `jittered_windows`.
             scale_prior: added to the score logits of windows, for every octave that they are larger than the smallest.
             num_proposals: most proposals of an image.
             window_nms_thresh: see `pyramid_windows.spread`; 1 takes the windows of highest score.
@@ -99,6 +113,10 @@ class SharpMaskFPN(nn.Module):
         self.in_features = list(in_features)
         self.geometry, self.sampler = geometry, sampler
         self.scores, self.decoder = scores, decoder
+        if self.decodes_any_window:
+            scores.start_rare()
+        self.mask_window, self.second_look = mask_window, second_look
+        self.mask_windows_per_image, self.mask_jitter = mask_windows_per_image, mask_jitter
         self.scale_prior, self.num_proposals = scale_prior, num_proposals
         self.window_nms_thresh = window_nms_thresh
         self.mask_threshold = math.log(mask_threshold / (1 - mask_threshold))
@@ -108,6 +126,8 @@ class SharpMaskFPN(nn.Module):
             "loss_sharpmask_mask": mask_loss_weight,
             "loss_sharpmask_score": score_loss_weight,
             "loss_sharpmask_quality": quality_loss_weight,
+            "loss_sharpmask_dice": 1.0,
+            "loss_sharpmask_side": 1.0,
         }
         self.frozen = frozen
         if frozen:
@@ -116,7 +136,7 @@ class SharpMaskFPN(nn.Module):
     @classmethod
     def from_config(cls, cfg, input_shape):
         sharpmask = cfg.MODEL.SHARPMASK
-        fpn, refinement = sharpmask.FPN, sharpmask.REFINEMENT
+        fpn = sharpmask.FPN
         if missing := [name for name in fpn.IN_FEATURES if name not in input_shape]:
             raise ValueError(
                 f"MODEL.SHARPMASK.FPN.IN_FEATURES: the backbone has no {missing}, its features are {list(input_shape)}"
@@ -146,15 +166,11 @@ class SharpMaskFPN(nn.Module):
                 hard_fraction=fpn.HARD_FRACTION,
             ),
             "scores": WindowScores(in_channels=channels, channels=fpn.SCORE_CHANNELS, window_cells=fpn.WINDOW_CELLS),
-            "decoder": WindowDecoder(
-                in_channels=channels,
-                window_cells=fpn.WINDOW_CELLS,
-                embed_dim=sharpmask.EMBED_DIM,
-                num_refinements=fpn.NUM_REFINEMENTS,
-                channels=refinement.CHANNELS,
-                schedule=refinement.SCHEDULE,
-                quality=fpn.QUALITY,
-            ),
+            "decoder": _build_decoder(cfg, channels),
+            "mask_window": fpn.MASK_WINDOW,
+            "second_look": fpn.SECOND_LOOK,
+            "mask_windows_per_image": fpn.MASK_WINDOWS_PER_IMAGE,
+            "mask_jitter": (fpn.MASK_JITTER_SHIFT, fpn.MASK_JITTER_OCTAVES),
             "scale_prior": fpn.SCALE_PRIOR,
             "num_proposals": sharpmask.TEST.NUM_PROPOSALS,
             "window_nms_thresh": fpn.WINDOW_NMS_THRESH,
@@ -213,7 +229,8 @@ class SharpMaskFPN(nn.Module):
         scores = []
         for number, feature in enumerate(levels):
             inside = _inside(feature, extents[:, number])
-            with aside():
+            # The scores of a `WindowDecoder` are learnt from windows that are cut out, the others from the whole grid.
+            with nullcontext() if self.decodes_any_window and self.training else aside():
                 grid = self.scores(feature, inside.to(feature.dtype)).float()
             scores.append(grid.masked_fill(~inside, -math.inf).flatten(1))
         return Pyramid(levels, extents, torch.cat(scores, dim=1), [tuple(x.shape[2:]) for x in levels])
@@ -221,6 +238,8 @@ class SharpMaskFPN(nn.Module):
     def losses(self, pyramid: Pyramid, gt_instances: list) -> dict:
         """Losses of a sample of the windows: see `forward`."""
         check_masks(gt_instances, len(pyramid.scores))
+        if self.decodes_any_window:
+            return self._sampled_losses(pyramid, gt_instances)
         sample = self.sampler(pyramid.scores, pyramid.sizes, gt_instances, self.decoder.mask_size)
         images, near, cells = sample.images, sample.near, self.geometry.cells(sample.numbers, pyramid.sizes)
         windows = self.geometry.windows(cells)
@@ -235,6 +254,81 @@ class SharpMaskFPN(nn.Module):
         known, around = sample.labels != -1, sample.around[near]
         log_windows(scores[known], sample.labels[known], masks[around], sample.targets[around], len(gt_instances))
         return self._weighted(sample, scores, masks, quality)
+
+    def _sampled_losses(self, pyramid: Pyramid, gt_instances: list) -> dict:
+        """Scores are learnt at cells, masks in windows jittered around the objects."""
+        scores = pyramid.scores.flatten()
+        labels = self.sampler.score_targets(pyramid.scores.detach(), pyramid.sizes, gt_instances).flatten()
+        tables = self.decoder.tables(pyramid.features, pyramid.extents, self.strides)
+        shift, octaves = self.mask_jitter
+        windows, owners, targets = [], [], []
+        for number, gt in enumerate(gt_instances):
+            boxes = gt.gt_boxes.tensor
+            large = ((boxes[:, 2:] - boxes[:, :2]).amax(dim=1) >= _SMALLEST).nonzero()[:, 0]
+            drawn, objects = jittered_windows(
+                enlarged(boxes[large], self.geometry.smallest_object),
+                count=self.mask_windows_per_image,
+                share=self.mask_share,
+                shift=shift,
+                octaves=octaves,
+            )
+            windows.append(drawn)
+            owners.append(torch.full_like(objects, number))
+            if len(drawn):
+                targets.append(mask_targets(gt.gt_masks, large[objects], drawn, self.decoder.mask_size))
+        windows, owners = torch.cat(windows), torch.cat(owners)
+        side = self.decoder.mask_size
+        targets = torch.cat(targets) if targets else windows.new_zeros((0, side, side), dtype=torch.bool)
+        masks = self.decoder(tables, owners, windows)
+        clear = (labels == 0) | (labels == 1)
+        log_windows(scores[clear], labels[clear], masks[-1], targets, len(gt_instances))
+        every = torch.ones_like(owners, dtype=torch.bool)
+        reduced = [F.avg_pool2d(targets.float()[:, None], side // mask.shape[-1])[:, 0] for mask in masks]
+        losses = {
+            "loss_sharpmask_mask": mask_loss(masks[-1], reduced[-1], every),
+            "loss_sharpmask_dice": dice_loss(masks[-1], reduced[-1]),
+            "loss_sharpmask_side": sum(mask_loss(mask, part, every) for mask, part in zip(masks[:-1], reduced)),
+            "loss_sharpmask_score": quality_focal_loss(scores, labels),
+        }
+        return {name: loss * self.loss_weights[name] for name, loss in losses.items()}
+
+    @property
+    def decodes_any_window(self) -> bool:
+        """Whether `decode` makes masks of any windows, not only of whole cells."""
+        return isinstance(self.decoder, SampledDecoder)
+
+    @property
+    def mask_share(self) -> float:
+        """Larger side of an object as a share of the side of the window that its mask is decoded in."""
+        return self.geometry.object_share / (self.mask_window if self.decodes_any_window else 1.0)
+
+    def canonical_windows(self, boxes: Tensor) -> Tensor:
+        """The windows that the masks of objects are decoded in.
+
+        Args:
+            boxes: (G, 4) XYXY of the objects in the frame of the resized image, in pixels. Objects that are too small for the smallest
+                window get that window.
+
+        Returns:
+            (G, 4) XYXY squares in that frame.
+        """
+        return square_windows(enlarged(boxes, self.geometry.smallest_object), self.mask_share)
+
+    def decode(self, pyramid: Pyramid, images: Tensor, windows: Tensor, tables=None) -> Tensor:
+        """Masks of any windows, with a `SampledDecoder`.
+
+        Args:
+            pyramid: of the images.
+            images: (N,) int64, the image of each window.
+            windows: (N, 4) XYXY squares in the frame of the resized image, in pixels.
+            tables: what `SampledDecoder.tables` made of the pyramid, if it is there already.
+
+        Returns:
+            (N, M, M) logits.
+        """
+        tables = tables or self.decoder.tables(pyramid.features, pyramid.extents, self.strides)
+        parts = zip(images.split(self.windows_per_batch), windows.split(self.windows_per_batch))
+        return torch.cat([self.decoder(tables, *part)[-1] for part in parts])
 
     def _cut(self, table: FeatureTable, images: Tensor, cells: Cells) -> list:
         """What `FeatureTable.cut` gives for each kind of the windows, which come kind by kind."""
@@ -262,8 +356,11 @@ class SharpMaskFPN(nn.Module):
             image_sizes: (height, width) of each in pixels.
             output_sizes: (height, width) of each as the proposals are asked for, if that is another one.
         """
-        table = FeatureTable(pyramid.features, pyramid.extents, self.strides)
-        skips = self.decoder.horizontal(pyramid.features, pyramid.extents, self.strides)
+        if self.decodes_any_window:
+            table, skips = self.decoder.tables(pyramid.features, pyramid.extents, self.strides), None
+        else:
+            table = FeatureTable(pyramid.features, pyramid.extents, self.strides)
+            skips = self.decoder.horizontal(pyramid.features, pyramid.extents, self.strides)
         prior = self.scale_prior * self.geometry.octaves(pyramid.sizes).to(pyramid.scores.device)
         pyramid = pyramid._replace(scores=pyramid.scores + prior)
         return [
@@ -277,6 +374,10 @@ class SharpMaskFPN(nn.Module):
         candidates = pyramid.scores[number].topk(min(_CANDIDATES * self.num_proposals, pyramid.scores.shape[1])).indices
         windows = self.geometry.windows(self.geometry.cells(candidates, pyramid.sizes))
         order = spread(windows, pyramid.scores[number, candidates], self.window_nms_thresh, self.num_proposals)
+        if self.decodes_any_window:
+            chosen, scores = windows[order], pyramid.scores[number, candidates[order]]
+            masks, windows = self._two_looks(number, chosen, scores, pyramid, table, image_size)
+            return self._finished(scores, masks, windows, image_size, output_size)
         scores, cells = pyramid.scores[number, candidates[order]], self.geometry.cells(candidates[order], pyramid.sizes)
         by_kind = cells.kinds.argsort(stable=True)
         scores, cells = scores[by_kind], cells.take(by_kind)
@@ -292,6 +393,24 @@ class SharpMaskFPN(nn.Module):
         if quality:
             # The logit of the product of both probabilities.
             scores = log_to_logit(F.logsigmoid(scores) + F.logsigmoid(torch.cat(quality).float()))
+        return self._finished(scores, masks, windows, image_size, output_size)
+
+    def _two_looks(
+        self, number: int, windows: Tensor, scores: Tensor, pyramid: Pyramid, tables, pyramid_size: tuple
+    ) -> tuple:
+        """Masks (N, M, M) of an image's scored windows (N, 4), and the windows (N, 4) that they lie in."""
+        images = torch.full((len(windows),), number, device=windows.device)
+        windows = square_windows(windows, 1 / self.mask_window)
+        masks = self.decode(pyramid, images, windows, tables)
+        if self.second_look:
+            cut = touches_inside(masks, windows, self.mask_threshold, pyramid_size)
+            best = scores.masked_fill(~cut, -math.inf).topk(min(self.second_look, int(cut.sum()))).indices
+            boxes = tight_boxes(masks[best], windows[best], self.mask_threshold)
+            windows[best] = self.canonical_windows(boxes)
+            masks[best] = self.decode(pyramid, images[best], windows[best], tables)
+        return masks, windows
+
+    def _finished(self, scores: Tensor, masks: Tensor, windows: Tensor, image_size: tuple, output_size: tuple):
         scores, order = scores.sort(descending=True)
         masks = masks.index_select(0, order)
         window_masks = WindowMasks(masks, windows[order], image_size, threshold=self.mask_threshold)
@@ -302,3 +421,21 @@ class SharpMaskFPN(nn.Module):
         return build_proposals(
             scores, window_masks, nms_thresh=self.nms_thresh, stability=self.stability, mask_nms=self.mask_nms
         )
+
+
+def _build_decoder(cfg, channels: int) -> nn.Module:
+    sharpmask = cfg.MODEL.SHARPMASK
+    fpn, refinement = sharpmask.FPN, sharpmask.REFINEMENT
+    if fpn.DECODER == "windows":
+        return SampledDecoder(in_channels=channels, embed_dim=sharpmask.EMBED_DIM, channels=refinement.CHANNELS)
+    if fpn.DECODER == "cells":
+        return WindowDecoder(
+            in_channels=channels,
+            window_cells=fpn.WINDOW_CELLS,
+            embed_dim=sharpmask.EMBED_DIM,
+            num_refinements=fpn.NUM_REFINEMENTS,
+            channels=refinement.CHANNELS,
+            schedule=refinement.SCHEDULE,
+            quality=fpn.QUALITY,
+        )
+    raise ValueError(f"MODEL.SHARPMASK.FPN.DECODER is {fpn.DECODER!r}: choose 'windows' or 'cells'")

@@ -1,0 +1,163 @@
+"""Masks of any windows of a feature pyramid: features are sampled on a grid of the window, whatever cells of whatever level it covers.
+
+Shape letters: B images, L levels, C channels of the pyramid, N windows, E embedding, k channels of the mask encoding, M mask side.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import conv_upsampled
+from .feature_table import FeatureTable
+from .windows import square_windows
+
+# Sides of the grids on which a window is sampled for its embedding, and of the coarse mask.
+_EMBED_SIDE, _COARSE_SIDE = 7, 14
+
+
+class DecoderTables(NamedTuple):
+    """What the decoder computes once per batch of images: tables of the pyramid's features and of the two skip paths."""
+
+    features: FeatureTable
+    coarse: FeatureTable
+    fine: FeatureTable
+
+
+class SampledDecoder(nn.Module):
+    """From any square window to its mask of 56 x 56 cells.
+
+    A window becomes an embedding, of which DeepMask's coarse mask of 14 x 14 cells is a linear function. Two refinement steps follow, at
+    14 x 14 and at 28 x 28 cells, each with a skip path that is computed once per image (SharpMask, section 3.2).
+    """
+
+    def __init__(self, *, in_channels: int, embed_dim: int, channels: int):
+        """
+        Args:
+            in_channels: C.
+            embed_dim: E.
+            channels: k at 14 x 14 cells; half of it at 28 x 28 cells.
+        """
+        super().__init__()
+        half = channels // 2
+        self.embed = nn.Linear(_EMBED_SIDE**2 * in_channels, embed_dim)
+        self.start = nn.Linear(embed_dim, channels * _COARSE_SIDE**2)
+        self.horizontal_coarse = _skip_path(in_channels, channels)
+        self.horizontal_fine = _skip_path(in_channels, half)
+        self.refine_coarse = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.widen = nn.Conv2d(channels, half, 3, padding=1)
+        self.refine_fine = nn.Conv2d(half, half, 3, padding=1)
+        self.to_mask = nn.Conv2d(half, 1, 3, padding=1)
+        # Masks of the intermediate encodings, for deep supervision in training.
+        self.side_masks = nn.ModuleList([nn.Conv2d(channels, 1, 1), nn.Conv2d(half, 1, 1)])
+        self.mask_size = 4 * _COARSE_SIDE
+
+    def tables(self, features: list, extents: Tensor, strides: list) -> DecoderTables:
+        """
+        Args:
+            features: L maps (B, C, Y, X), fine to coarse.
+            extents, strides: see `FeatureTable`.
+        """
+        return DecoderTables(
+            FeatureTable(features, extents, strides),
+            FeatureTable([self.horizontal_coarse(x) for x in features], extents, strides),
+            FeatureTable([self.horizontal_fine(x) for x in features], extents, strides),
+        )
+
+    def forward(self, tables: DecoderTables, images: Tensor, windows: Tensor) -> list:
+        """
+        Args:
+            tables: from `tables`.
+            images: (N,) int64, the image of each window.
+            windows: (N, 4) XYXY squares in the frame of the resized image, in pixels; they may lie partly or wholly outside.
+
+        Returns:
+            mask logits of the windows; in training [(N, 14, 14), (N, 28, 28), (N, 56, 56)], else the last of these alone in a list.
+        """
+        sampled = tables.features.sample_windows(images, windows, _EMBED_SIDE)
+        embeddings = self.embed(sampled.permute(0, 2, 3, 1).flatten(1)).relu()
+        encoding = self.start(embeddings).unflatten(1, (_COARSE_SIDE, _COARSE_SIDE, -1)).permute(0, 3, 1, 2)
+        encoding = (encoding + tables.coarse.sample_windows(images, windows, _COARSE_SIDE)).relu()
+        for conv in self.refine_coarse:
+            encoding = (encoding + conv(encoding)).relu()
+        fine = conv_upsampled(encoding, self.widen) + tables.fine.sample_windows(images, windows, 2 * _COARSE_SIDE)
+        fine = self.refine_fine(fine.relu()).relu()
+        masks = [conv_upsampled(fine, self.to_mask)[:, 0]]
+        if self.training:
+            masks = [self.side_masks[0](encoding)[:, 0], self.side_masks[1](fine)[:, 0], *masks]
+        return masks
+
+
+def _skip_path(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), nn.ReLU(), nn.Conv2d(out_channels, out_channels, 1))
+
+
+def tight_boxes(logits: Tensor, windows: Tensor, threshold: float) -> tuple:
+    """Boxes of masks, as exact as their cells.
+
+    Args:
+        logits: (N, M, M).
+        windows: (N, 4) XYXY in the image, in pixels.
+        threshold: logit above which a cell is foreground.
+
+    Returns:
+        (N, 4) XYXY in the same frame, the window itself for a mask without foreground.
+    """
+    filled = logits > threshold
+    side = filled.shape[-1]
+    bounds = []
+    for dim in (1, 2):  # columns, rows
+        line = filled.any(dim=dim).to(torch.int8)
+        first, last = line.argmax(dim=1), side - line.flip(1).argmax(dim=1)
+        bounds.append(torch.stack([first, last], dim=1))
+    cells = torch.stack(bounds, dim=2).flatten(1) / side  # N x (x0, y0, x1, y1)
+    corners, sides = windows[:, :2].repeat(1, 2), (windows[:, 2:] - windows[:, :2]).repeat(1, 2)
+    boxes = corners + cells.to(windows.dtype) * sides
+    return torch.where(filled.flatten(1).any(dim=1)[:, None], boxes, windows)
+
+
+def touches_inside(logits: Tensor, windows: Tensor, threshold: float, image_size: tuple) -> Tensor:
+    """Which masks reach a side of their window beyond which the image goes on, so that the window may have cut an object.
+
+    Args:
+        logits: (N, M, M).
+        windows: (N, 4) XYXY in the image, in pixels.
+        threshold: logit above which a cell is foreground.
+        image_size: (height, width) in pixels.
+
+    Returns:
+        (N,) bool.
+    """
+    filled = logits > threshold
+    reached = torch.stack([filled[:, :, 0], filled[:, 0], filled[:, :, -1], filled[:, -1]], dim=1).any(dim=2)
+    height, width = image_size
+    cell = (windows[:, 2:3] - windows[:, :1]) / logits.shape[-1]
+    low, high = windows[:, :2] > cell, windows[:, 2:] < windows.new_tensor([width, height]) - cell
+    return (reached & torch.cat([low, high], dim=1)).any(dim=1)
+
+
+def jittered_windows(boxes: Tensor, *, count: int, share: float, shift: float, octaves: float) -> tuple:
+    """Windows around objects, jittered continuously in place and size with torch's random numbers.
+
+    Args:
+        boxes: (G, 4) XYXY of the objects in pixels.
+        count: windows to draw; every object gets about as many of them.
+        share: of the canonical window, see `square_windows`.
+        shift: greatest distance from the object's centre along each axis, in sides of the window.
+        octaves: greatest factor on the side of the canonical window, either way, in octaves.
+
+    Returns:
+        (count, 4) XYXY, and (count,) int64, the object of each; both empty where there is no object.
+    """
+    if len(boxes) == 0:
+        return boxes.new_zeros(0, 4), torch.zeros(0, dtype=torch.long, device=boxes.device)
+    order = torch.randperm(len(boxes), device=boxes.device)
+    objects = order.repeat(-(-count // len(boxes)))[:count]
+    canonical = square_windows(boxes[objects], share)
+    sides = (canonical[:, 2:] - canonical[:, :2]) * 2.0 ** (octaves * _symmetric(count, 1, boxes))
+    centres = (canonical[:, :2] + canonical[:, 2:]) / 2 + shift * sides * _symmetric(count, 2, boxes)
+    return torch.cat([centres - sides / 2, centres + sides / 2], dim=1), objects
+
+
+def _symmetric(rows: int, columns: int, like: Tensor) -> Tensor:
+    return 2 * torch.rand(rows, columns, device=like.device, dtype=like.dtype) - 1

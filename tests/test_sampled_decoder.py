@@ -1,0 +1,261 @@
+"""Masks of any windows: geometry against loops, laws of the decoder, and training in jittered windows."""
+
+import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
+
+# isort: split
+
+import math
+
+import pytest
+import torch
+from conftest import draw_example
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from sharpmask_d2.modeling.losses import dice_loss, quality_focal_loss
+from sharpmask_d2.modeling.pyramid_sampling import enlarged
+from sharpmask_d2.modeling.sampled_decoder import SampledDecoder, jittered_windows, tight_boxes, touches_inside
+from sharpmask_d2.modeling.windows import pyramid_sizes, square_windows
+
+STRIDES = [4, 8, 16, 32]
+
+
+@pytest.fixture
+def decoder():
+    torch.manual_seed(0)
+    return SampledDecoder(in_channels=6, embed_dim=16, channels=8).eval()
+
+
+def pyramid(size, seed=0):
+    """A map of 6 channels for every stride, and the extents."""
+    draws = torch.Generator().manual_seed(seed)
+    sizes = pyramid_sizes(size, STRIDES)
+    return [torch.randn(1, 6, *s, generator=draws) for s in sizes], torch.tensor([sizes])
+
+
+@torch.no_grad()
+def decode(decoder, features, extents, windows):
+    tables = decoder.tables(features, extents, STRIDES)
+    return decoder(tables, torch.zeros(len(windows), dtype=torch.long), torch.tensor(windows, dtype=torch.float32))[-1]
+
+
+def test_a_mask_moves_with_the_image(decoder):
+    features, extents = pyramid((256, 256))
+    # By a cell of the coarsest level, which is a whole number of cells of every level.
+    moved = [x.roll((32 // s, 32 // s), dims=(2, 3)) for x, s in zip(features, STRIDES)]
+    window = [96.3, 80.9, 150.3, 134.9]
+    there = decode(decoder, features, extents, [window])
+    here = decode(decoder, moved, extents, [[v + 32 for v in window]])
+    torch.testing.assert_close(there, here, atol=1e-5, rtol=0)
+    assert there.std() > 1e-3
+
+
+def test_masks_of_windows_do_not_depend_on_their_neighbours(decoder):
+    features, extents = pyramid((128, 160))
+    windows = [[10.0, 20, 60, 70], [-40, -40, 200, 200], [3, 4, 15, 16], [500, 500, 540, 540]]
+    together = decode(decoder, features, extents, windows)
+    assert together.shape == (4, 56, 56)
+    assert together.isfinite().all()
+    for window, mask in zip(windows, together):
+        torch.testing.assert_close(decode(decoder, features, extents, [window])[0], mask, atol=1e-5, rtol=0)
+
+
+def test_a_window_outside_of_the_image_reads_nothing(decoder):
+    outside = [[1000.0, 1000, 1100, 1100]]
+    first, second = (decode(decoder, *pyramid((128, 128), seed), outside) for seed in (0, 1))
+    assert torch.equal(first, second)
+
+
+def test_masks_read_finer_levels_for_smaller_windows(decoder):
+    features, extents = pyramid((128, 128))
+    changed = [features[0] + 1, *features[1:]]
+    differs = [
+        not torch.equal(decode(decoder, features, extents, [w]), decode(decoder, changed, extents, [w]))
+        for w in ([40.0, 40, 64, 64], [-300.0, -300, 420, 420])
+    ]
+    assert differs == [True, False]
+
+
+def test_in_training_there_are_masks_of_every_step(decoder):
+    features, extents = pyramid((64, 64))
+    tables = decoder.tables(features, extents, STRIDES)
+    masks = decoder.train()(tables, torch.zeros(2, dtype=torch.long), torch.tensor([[0.0, 0, 40, 40]] * 2))
+    assert [tuple(mask.shape) for mask in masks] == [(2, 14, 14), (2, 28, 28), (2, 56, 56)]
+
+
+def test_without_windows_there_are_no_masks(decoder):
+    features, extents = pyramid((64, 64))
+    tables = decoder.tables(features, extents, STRIDES)
+    assert decoder(tables, torch.zeros(0, dtype=torch.long), torch.zeros(0, 4))[-1].shape == (0, 56, 56)
+
+
+def test_square_windows_have_the_share_of_the_larger_side():
+    boxes = torch.tensor([[10.0, 20, 30, 28], [0, 0, 4, 16]])
+    expected = torch.tensor([[20 - 20, 24 - 20, 20 + 20, 24 + 20], [2 - 16, 8 - 16, 2 + 16, 8 + 16]]).float()
+    torch.testing.assert_close(square_windows(boxes, 0.5), expected)
+
+
+def test_tight_boxes_against_loops():
+    draws = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 8, 8, generator=draws) - 2
+    logits[3] = -5
+    windows = torch.tensor([[16.0 * i, 8.0 * i, 16.0 * i + 32, 8.0 * i + 32] for i in range(6)])
+    boxes = tight_boxes(logits, windows, 0.0)
+    for logit, window, box in zip(logits, windows, boxes):
+        cells = [(y, x) for y in range(8) for x in range(8) if logit[y, x] > 0]
+        if not cells:
+            assert torch.equal(box, window)
+            continue
+        ys, xs = zip(*cells)
+        x0, y0 = window[:2].tolist()
+        assert box.tolist() == [x0 + 4 * min(xs), y0 + 4 * min(ys), x0 + 4 * (max(xs) + 1), y0 + 4 * (max(ys) + 1)]
+
+
+def test_masks_that_their_window_cuts_against_loops():
+    draws = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, 4, 4, generator=draws) - 1.8
+    corners = torch.randint(-30, 90, (200, 2), generator=draws).float()
+    windows = torch.cat([corners, corners + torch.randint(8, 60, (200, 1), generator=draws)], dim=1)
+    touches = touches_inside(logits, windows, 0.0, (70, 100))
+    expected = []
+    for filled, (x0, y0, x1, y1) in zip(logits > 0, windows.tolist()):
+        cell = (x1 - x0) / 4
+        goes_on = x0 > cell, y0 > cell, x1 < 100 - cell, y1 < 70 - cell
+        sides = filled[:, 0], filled[0], filled[:, -1], filled[-1]
+        expected.append(any(more and bool(side.any()) for more, side in zip(goes_on, sides)))
+    assert touches.tolist() == expected
+    assert 20 < sum(expected) < 180
+
+
+def test_jittered_windows_stay_within_the_jitter_and_share_the_objects():
+    torch.manual_seed(0)
+    boxes = torch.tensor([[10.0, 20, 50, 40], [30.0, 5, 42, 60], [0.0, 0, 8, 8]])
+    windows, objects = jittered_windows(boxes, count=300, share=0.6, shift=0.1, octaves=0.5)
+    assert torch.bincount(objects).tolist() == [100, 100, 100]
+    canonical = square_windows(boxes, 0.6)[objects]
+    sides, expected = windows[:, 2] - windows[:, 0], canonical[:, 2] - canonical[:, 0]
+    torch.testing.assert_close(sides, windows[:, 3] - windows[:, 1])
+    octaves = (sides / expected).log2()
+    shifts = ((windows[:, :2] + windows[:, 2:]) - (canonical[:, :2] + canonical[:, 2:])) / 2 / sides[:, None]
+    for jitter, limit in ((octaves, 0.5), (shifts, 0.1)):
+        assert jitter.abs().max() <= limit + 1e-4
+        assert jitter.max() > 0.9 * limit
+        assert jitter.min() < -0.9 * limit
+
+
+def test_without_objects_no_windows_are_drawn():
+    windows, objects = jittered_windows(torch.zeros(0, 4), count=8, share=0.6, shift=0.1, octaves=0.5)
+    assert windows.shape == (0, 4)
+    assert objects.shape == (0,)
+
+
+def test_dice_loss_of_known_masks():
+    target = torch.zeros(1, 4, 4)
+    target[0, :2] = 1
+    right, wrong = (target * 2 - 1) * 30, (1 - target * 2) * 30
+    assert dice_loss(right, target) == pytest.approx(0.0, abs=1e-6)
+    # No common cell, eight in either mask.
+    assert dice_loss(wrong, target) == pytest.approx(1 - 1 / 17, abs=1e-6)
+    assert dice_loss(torch.zeros(0, 4, 4), torch.zeros(0, 4, 4)) == 0
+
+
+def test_quality_focal_loss_against_its_formula():
+    logits = torch.tensor([-2.0, 0.5, 3.0, 1.0])
+    targets = torch.tensor([0.0, 0.5, 1.0, -1.0])
+    expected = 0.0
+    for logit, target in zip(logits[:3].tolist(), targets[:3].tolist()):
+        p = 1 / (1 + math.exp(-logit))
+        expected -= abs(target - p) ** 2 * (target * math.log(p) + (1 - target) * math.log(1 - p))
+    assert quality_focal_loss(logits, targets) == pytest.approx(expected / 1.5, rel=1e-5)
+    assert quality_focal_loss(torch.zeros(2), -torch.ones(2)) == 0
+
+
+def test_small_boxes_are_enlarged_about_their_centres():
+    boxes = torch.tensor([[10.0, 20, 14, 22], [0, 0, 30, 8]])
+    assert enlarged(boxes, 16.0).tolist() == [[4, 17, 20, 25], [0, 0, 30, 8]]
+
+
+@pytest.fixture
+def cfg(tiny_cfg):
+    cfg = tiny_cfg.clone()
+    cfg.MODEL.META_ARCHITECTURE = "SegmentProposalNetwork"
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMaskFPN"
+    cfg.MODEL.BACKBONE.NAME = "build_timm_bifpn_backbone"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.TIMM.OUT_FEATURES = ["s4", "s8", "s16", "s32"]
+    cfg.MODEL.BIFPN.NUM_CELLS, cfg.MODEL.BIFPN.CHANNELS = 1, 16
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [127.0] * 3, [128.0] * 3
+    sharpmask = cfg.MODEL.SHARPMASK
+    sharpmask.GENERATOR.FROZEN = False
+    sharpmask.FPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6", "p7"]
+    sharpmask.FPN.EXTRA_LEVELS = 0
+    sharpmask.FPN.DECODER = "windows"
+    sharpmask.TEST.NUM_PROPOSALS = 50
+    torch.manual_seed(0)
+    return cfg
+
+
+def example(objects):
+    """An image of 128 x 128 pixels with rectangles, as Detectron2's mapper makes it."""
+    image, instances = draw_example(objects, (128, 128), kind="bitmap")
+    return {"image": image * 50 + 127.5, "instances": instances}
+
+
+def test_losses_reach_everything_that_they_train(cfg):
+    model = build_model(cfg).train()
+    inputs = example([(20, 20, 80, 70), (90, 30, 120, 100)])
+    with EventStorage():
+        losses = model([inputs])
+    assert set(losses) == {f"loss_sharpmask_{name}" for name in ("mask", "dice", "side", "score")}
+    sum(losses.values()).backward()
+    without = {name for name, p in model.proposal_generator.named_parameters() if p.grad is None}
+    # The linear layer between an embedding and its mask learns from masks, templates of a kind from windows of that kind.
+    assert not {name for name in without if not name.startswith("scores.")}, without
+    assert model.backbone.finest.weight.grad.abs().sum() > 0
+
+
+def test_an_image_without_objects_has_losses_that_are_attached(cfg):
+    model = build_model(cfg).train()
+    inputs = example([])
+    with EventStorage():
+        losses = model([inputs])
+    assert losses["loss_sharpmask_mask"] == losses["loss_sharpmask_dice"] == 0
+    sum(losses.values()).backward()
+
+
+def test_masks_that_are_cut_are_decoded_again_in_the_canonical_window_of_their_box(cfg):
+    cfg.MODEL.SHARPMASK.FPN.SECOND_LOOK = 12
+    # Every mask fills its window, so that all are cut where the image goes on, and none is empty.
+    cfg.MODEL.SHARPMASK.TEST.MASK_THRESHOLD = 0.001
+    model = build_model(cfg).eval()
+    generator = model.proposal_generator
+    with torch.no_grad():
+        pyramid, sizes = model.pyramid([example([(20, 20, 80, 70)])])
+        twice = generator.propose(pyramid, sizes)[0].proposal_masks.windows
+        generator.second_look = 0
+        (once,) = generator.propose(pyramid, sizes)
+    masks = once.proposal_masks
+    canonical = square_windows(tight_boxes(masks.logits, masks.windows, masks.threshold), generator.mask_share)
+    cut = touches_inside(masks.logits, masks.windows, masks.threshold, (128, 128))
+
+    def among(windows, others):
+        return (windows[:, None] - others).abs().amax(dim=2).amin(dim=1) < 1e-3
+
+    again = ~among(twice, masks.windows)
+    assert again.sum() == min(12, int(cut.sum()))
+    assert among(twice[again], canonical[cut]).all()
+
+
+def test_canonical_windows_are_those_that_scored_windows_are_enlarged_to(cfg):
+    generator = build_model(cfg).proposal_generator
+    # Windows of 5 cells of 4 pixels fit objects of 16 pixels, and their masks are decoded in windows 1.2 times as large.
+    boxes = torch.tensor([[50.0, 50, 66, 58], [10, 10, 14, 12], [0, 0, 64, 64]])
+    windows = generator.canonical_windows(boxes)
+    expected = [[58 - 12, 54 - 12, 58 + 12, 54 + 12], [12 - 12, 11 - 12, 12 + 12, 11 + 12], [-16, -16, 80, 80]]
+    torch.testing.assert_close(windows, torch.tensor(expected).float())
+
+
+def test_an_unknown_decoder_is_named(cfg):
+    cfg.MODEL.SHARPMASK.FPN.DECODER = "both"
+    with pytest.raises(ValueError, match=r"MODEL\.SHARPMASK\.FPN\.DECODER is 'both'"):
+        build_model(cfg)
