@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.evaluation import COCOEvaluator
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances, ROIMasks
 from detectron2.utils.events import EventStorage
@@ -20,6 +20,7 @@ from pycocotools import mask as mask_util
 from sharpmask_d2.checkpoint import StrictCheckpointer
 from sharpmask_d2.data import ProposalMapper, register_datasets
 from sharpmask_d2.data.proposal_mapper import sample_masks
+from sharpmask_d2.modeling import ProposalMaskTTA
 from sharpmask_d2.modeling.roi_heads import MaskKeepingOutputLayers, ProposalROIMasks, without_masks
 from test_precomputed import SIZE, draw_proposals, encode, to_detector
 
@@ -280,3 +281,99 @@ def test_proposal_masks_stand_for_detectron2s_masks_of_rois(record):
     assert len(chosen.pred_masks) == 2
     assert "num_masks=2" in repr(chosen.pred_masks)
     assert torch.equal(chosen.pred_masks.to_bitmasks(None, *SIZE).tensor, masks.paste(torch.tensor([5, 2])))
+
+
+def augmented(cfg, *, flip: bool):
+    """The config for test-time augmentation at two sizes, in place; the image's own is 50 x 70."""
+    cfg.TEST.AUG.MIN_SIZES = (50, 75)
+    cfg.TEST.AUG.FLIP = flip
+    cfg.TEST.DETECTIONS_PER_IMAGE = 30
+    return cfg
+
+
+def online(cfg, roi_heads: str):
+    """A detector with proposals of SharpMask."""
+    cfg = to_detector(cfg, roi_heads)
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMask"
+    cfg.MODEL.SHARPMASK.TEST.SCALES = [1.0, 1.5]
+    cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST = 0.8
+    if roi_heads == "MultiPathROIHeads":
+        cfg.MODEL.MULTIPATH.LEVELS = [["res4"]] * 4
+        cfg.MODEL.MULTIPATH.REGRESSOR_LEVELS = ["res4"]
+        cfg.MODEL.MULTIPATH.MIX_CHANNELS = 8
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("roi_heads", "mask_on"),
+    [("ProposalMaskROIHeads", True), ("ProposalMaskRes5ROIHeads", False), ("MultiPathROIHeads", False)],
+)
+def test_detectron2s_test_time_augmentation_does_not_lose_masks_unnoticed(tiny_cfg, roi_heads, mask_on):
+    cfg = augmented(online(tiny_cfg, roi_heads), flip=True)
+    cfg.MODEL.MASK_ON = mask_on
+    model = build(cfg, still=False)
+    inputs = {"image": torch.zeros(3, 50, 70, dtype=torch.uint8), "height": 25, "width": 35}
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r"MODEL\.SHARPMASK\.DETECTION_MASKS 'proposal'.*ProposalMaskTTA"),
+    ):
+        GeneralizedRCNNWithTTA(cfg, model)([inputs])
+
+
+def test_without_masks_detectron2s_test_time_augmentation_runs(tiny_cfg):
+    cfg = augmented(online(tiny_cfg, "ProposalMaskROIHeads"), flip=False)
+    cfg.MODEL.SHARPMASK.DETECTION_MASKS = "none"
+    inputs = {"image": torch.zeros(3, 50, 70, dtype=torch.uint8), "height": 25, "width": 35}
+    with torch.no_grad():
+        (output,) = GeneralizedRCNNWithTTA(cfg, build(cfg, still=False))([inputs])
+    assert len(output["instances"]) > 0
+    assert not output["instances"].has("pred_masks")
+
+
+@pytest.mark.parametrize("roi_heads", [*OURS.values(), "MultiPathROIHeads"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_augmented_detections_have_the_masks_of_their_proposals(tiny_cfg, roi_heads, flip):
+    cfg = augmented(online(tiny_cfg, roi_heads), flip=flip)
+    model = build(cfg, still=roi_heads != "MultiPathROIHeads")
+    proposed = []
+    model.proposal_generator.register_forward_hook(lambda module, args, out: proposed.extend(out[0]))
+    image = (torch.rand(3, 50, 70, generator=torch.Generator().manual_seed(0)) * 255).byte()
+    with torch.no_grad():
+        (output,) = ProposalMaskTTA(cfg, model)([{"image": image, "height": 25, "width": 35}])
+        stock = GeneralizedRCNNWithTTA(cfg, model)
+        model.roi_heads.__class__ = type("Unwatched", (type(model.roi_heads),), {"mask_on": False})
+        (boxes_alone,) = stock([{"image": image, "height": 25, "width": 35}])
+    found = output["instances"]
+    # The boxes are Detectron2's own.
+    torch.testing.assert_close(found.pred_boxes.tensor, boxes_alone["instances"].pred_boxes.tensor)
+    torch.testing.assert_close(found.scores, boxes_alone["instances"].scores)
+    assert found.pred_masks.shape == (len(found), 25, 35)
+    # Bitmaps of all proposals in the frame of the original image.
+    pasted = []
+    for number, proposals in enumerate(proposed[: 4 if flip else 2]):
+        height, width = proposals.image_size
+        masks = proposals.proposal_masks
+        masks = masks.hflip() if flip and number % 2 else masks
+        pasted.append(masks.scale(35 / width, 25 / height, (25, 35)).paste())
+    sources = set()
+    for mask in found.pred_masks:
+        equal = [number for number, masks in enumerate(pasted) if (masks == mask).all(dim=(1, 2)).any()]
+        assert equal
+        sources.update(equal)
+    # Of both sizes, and of flipped images.
+    assert len(sources) > (2 if flip else 1)
+
+
+def test_detectors_with_a_mask_head_are_augmented_as_detectron2_does(tiny_cfg):
+    cfg = augmented(online(tiny_cfg, "ProposalMaskROIHeads"), flip=True)
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    cfg.MODEL.SHARPMASK.DETECTION_MASKS = "head"
+    model = build(cfg, still=False)
+    inputs = {"image": torch.zeros(3, 50, 70, dtype=torch.uint8), "height": 25, "width": 35}
+    with torch.no_grad():
+        found, expected = (
+            tta(cfg, model)([inputs])[0]["instances"] for tta in (ProposalMaskTTA, GeneralizedRCNNWithTTA)
+        )
+    assert len(found) > 0
+    assert torch.equal(found.pred_masks, expected.pred_masks)

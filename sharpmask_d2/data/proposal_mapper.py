@@ -82,7 +82,7 @@ class ProposalMapper(DatasetMapper):
         rles = split_rles(joined)
         rles = [rles[i] for i in joined["order"][kept.numpy()]]
         masks = sample_masks(rles, joined["size"] or (mapped["height"], mapped["width"]))
-        proposals.proposal_masks = _transformed(masks, self.augmentations.last)
+        proposals.proposal_masks = transform_masks(masks, self.augmentations.last)
         return mapped
 
 
@@ -94,10 +94,15 @@ class _Remembering(T.AugmentationList):
         return self.last
 
 
-def _transformed(masks: WindowMasks, transforms: T.TransformList) -> WindowMasks:
+def transform_masks(masks: WindowMasks, transforms: T.TransformList) -> WindowMasks:
+    """The same masks in the frame of the transformed image.
+
+    Raises:
+        ValueError: a transform that masks cannot follow; the message names it.
+    """
     for transform in transforms.transforms:
         if isinstance(transform, T.TransformList):
-            masks = _transformed(masks, transform)
+            masks = transform_masks(masks, transform)
         elif isinstance(transform, T.HFlipTransform):
             masks = masks.hflip()
         elif isinstance(transform, T.ResizeTransform):
@@ -105,7 +110,7 @@ def _transformed(masks: WindowMasks, transforms: T.TransformList) -> WindowMasks
             masks = masks.scale(scale_x, scale_y, (transform.new_h, transform.new_w))
         elif not isinstance(transform, T.NoOpTransform):
             raise ValueError(
-                f"masks of precomputed proposals cannot follow {type(transform).__name__}: use resizing and horizontal flips "
+                f"masks of proposals cannot follow {type(transform).__name__}: use resizing and horizontal flips "
                 "alone, or map without masks"
             )
     return masks

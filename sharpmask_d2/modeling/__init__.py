@@ -2,9 +2,11 @@ from . import backbone, roi_heads
 from .meta_arch import SegmentProposalNetwork, SharpMaskProposalNetwork
 from .proposal_generator import ImagePyramid, SharpMaskFPN, SharpMaskGenerator
 from .sharpmask import SharpMaskNetwork
+from .test_time_augmentation import ProposalMaskTTA
 
 __all__ = [
     "ImagePyramid",
+    "ProposalMaskTTA",
     "SegmentProposalNetwork",
     "SharpMaskFPN",
     "SharpMaskGenerator",

@@ -83,6 +83,10 @@ class MultiPathROIHeads(ProposalMaskROIHeads):
         self.voting_iou = voting_iou
         self.keep_proposal_masks = keep_proposal_masks
 
+    @property
+    def keeps_proposal_masks(self) -> bool:
+        return self.keep_proposal_masks
+
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
         multipath, box_head = cfg.MODEL.MULTIPATH, cfg.MODEL.ROI_BOX_HEAD

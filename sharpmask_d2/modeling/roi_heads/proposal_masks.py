@@ -99,6 +99,34 @@ class MaskKeepingOutputLayers(FastRCNNOutputLayers):
         return instances, indices
 
 
+class KeepsProposalMasks:
+    """Mixin of RoI heads whose detections may have the masks of their proposals."""
+
+    @property
+    def keeps_proposal_masks(self) -> bool:
+        """Whether detections get the masks of their proposals, where these have masks."""
+        return isinstance(self.box_predictor, MaskKeepingOutputLayers)
+
+    @property
+    def mask_on(self) -> bool:
+        """Whether there is a mask head; Detectron2's test-time augmentation switches it off while it looks for boxes.
+
+        Raises:
+            RuntimeError: when switched off, if detections keep the masks of proposals, which nothing would then bring back.
+        """
+        return self._mask_on
+
+    @mask_on.setter
+    def mask_on(self, on: bool) -> None:
+        if "_mask_on" in vars(self) and not on and self.keeps_proposal_masks:
+            raise RuntimeError(
+                "Detectron2's GeneralizedRCNNWithTTA loses the masks of proposals, which detections have by "
+                "MODEL.SHARPMASK.DETECTION_MASKS 'proposal': use sharpmask_d2.modeling.ProposalMaskTTA in its place, or set the key to "
+                "'none' (boxes alone), or to 'head' with MODEL.MASK_ON True (a mask head)"
+            )
+        self._mask_on = on
+
+
 def mask_source(cfg) -> str:
     """MODEL.SHARPMASK.DETECTION_MASKS.
 
@@ -116,7 +144,7 @@ def mask_source(cfg) -> str:
 
 
 @ROI_HEADS_REGISTRY.register()
-class ProposalMaskROIHeads(StandardROIHeads):
+class ProposalMaskROIHeads(KeepsProposalMasks, StandardROIHeads):
     """Detectron2's StandardROIHeads with masks from MODEL.SHARPMASK.DETECTION_MASKS; checkpoints of those load unchanged."""
 
     @classmethod
@@ -135,7 +163,7 @@ class ProposalMaskROIHeads(StandardROIHeads):
 
 
 @ROI_HEADS_REGISTRY.register()
-class ProposalMaskRes5ROIHeads(Res5ROIHeads):
+class ProposalMaskRes5ROIHeads(KeepsProposalMasks, Res5ROIHeads):
     """The same of Detectron2's Res5ROIHeads, the heads of C4 models."""
 
     @classmethod
