@@ -10,17 +10,18 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.rcnn import ProposalNetwork
 from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.patch_mapper import PatchMapper
 from ..structures import rescale_proposals
+from .exporting import NotExportable
 from .losses import mask_iou, mask_loss, score_loss
 from .proposal_generator import ImagePyramid
 from .resizing import resize
 
 
 @META_ARCH_REGISTRY.register()
-class SharpMaskProposalNetwork(nn.Module):
+class SharpMaskProposalNetwork(NotExportable):
     """DeepMask or SharpMask alone (MODEL.META_ARCHITECTURE: SharpMaskProposalNetwork)."""
 
     @configurable
@@ -70,6 +71,7 @@ class SharpMaskProposalNetwork(nn.Module):
             in training, a dict of losses. Else a dict per image: for patches, `scores` (P,) and `masks` (P, M, M), logits at the window's
             size; for images, `proposals`, Instances in the frame of the original image (`height`, `width` there).
         """
+        self.check_not_traced()
         if self.training:
             return self._losses(batched_inputs)
         if "patches" in batched_inputs[0]:
@@ -136,7 +138,7 @@ def _by_size(batched_inputs: list) -> list:
 
 
 @META_ARCH_REGISTRY.register()
-class SegmentProposalNetwork(ProposalNetwork):
+class SegmentProposalNetwork(NotExportable, ProposalNetwork):
     """A backbone and SharpMaskFPN alone (MODEL.META_ARCHITECTURE: SegmentProposalNetwork): Detectron2's ProposalNetwork with masks."""
 
     def forward(self, batched_inputs: list):
@@ -149,6 +151,7 @@ class SegmentProposalNetwork(ProposalNetwork):
             in training, a dict of losses. Else a dict per image: `proposals`, Instances in the frame of the original image (`height`,
             `width` of the dict).
         """
+        self.check_not_traced()
         if self.training:
             if self.proposal_generator.frozen:
                 raise ValueError(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...structures import WindowMasks, build_proposals
 from ...structures.mask_nms import log_to_logit
+from ..exporting import NotExportable
 from ..feature_table import FeatureTable
 from ..losses import dice_loss, mask_iou, mask_loss, quality_focal_loss, score_loss
 from ..pyramid_heads import WindowDecoder, WindowScores, coarser_levels
@@ -50,7 +51,7 @@ def _inside(feature: Tensor, extents: Tensor) -> Tensor:
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
-class SharpMaskFPN(nn.Module):
+class SharpMaskFPN(NotExportable):
     """Segment proposals from a feature pyramid (FPN, section 6) with SharpMask's refinement on top.
 
     It reads the features of the detector's backbone, which it trains along unless it is frozen.
@@ -206,6 +207,7 @@ class SharpMaskFPN(nn.Module):
         Raises:
             ValueError: training without ground truth or its masks.
         """
+        self.check_not_traced()
         trains = self.training and not self.frozen
         pyramid = self.pyramid(images.image_sizes, features)
         losses = self.losses(pyramid, gt_instances) if trains else {}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...checkpoint import StrictCheckpointer
 from ..backbone import trunk_features
+from ..exporting import NotExportable
 from ..losses import mask_loss, score_loss
 from ..resizing import resize
 from ..sharpmask import GivenFeatures, WindowGrid, evaluating
@@ -33,7 +34,7 @@ class WindowOutputs(NamedTuple):
     targets: Tensor
 
 
-class SharpMaskGenerator(nn.Module):
+class SharpMaskGenerator(NotExportable):
     """SharpMask as a proposal generator of a detector: registered as `SharpMask`, configured by MODEL.SHARPMASK.
 
     It has a trunk of its own or reads the features of the detector's backbone, and is frozen or learns from windows of the detector's
@@ -155,6 +156,7 @@ class SharpMaskGenerator(nn.Module):
         Raises:
             ValueError: training without ground truth or its masks.
         """
+        self.check_not_traced()
         trains = self.training and not self.frozen
         if trains:
             check_masks(gt_instances, len(images))
