@@ -213,6 +213,22 @@ def test_features_have_the_declared_shapes(trunk):
         assert x.shape == (1, shapes[name].channels, 96 // shapes[name].stride, 128 // shapes[name].stride), name
 
 
+@pytest.mark.parametrize("names", [["conv1", "conv4"], ["conv4", "conv1"]])
+def test_sides_are_multiples_of_the_greatest_stride_whatever_the_order_of_features(names):
+    assert VGGTrunk(variant="A", padding="zeros", out_features=names).size_divisibility == 8
+
+
+@pytest.mark.parametrize("kind", [ResNetTrunk, VGGTrunk, TimmTrunk])
+def test_unknown_padding_is_answered_with_those_there_are(kind):
+    options = {
+        ResNetTrunk: {"depth": 18, "stride_in_1x1": False, "norm": "BN", "out_features": ["res2"]},
+        VGGTrunk: {"variant": "A", "out_features": ["conv1"]},
+        TimmTrunk: {"name": "resnet10t", "pretrained": "", "norm": "BN", "out_features": ["s4"]},
+    }[kind]
+    with pytest.raises(ValueError, match=r"MODEL\.SHARPMASK\.TRUNK\.PADDING is 'mirror'"):
+        kind(padding="mirror", **options)
+
+
 def test_freezing_stops_training_of_the_first_stages_only():
     options = {"padding": "zeros", "freeze_at": 2}
     resnet = ResNetTrunk(depth=18, stride_in_1x1=False, norm="BN", out_features=["res4"], **options)

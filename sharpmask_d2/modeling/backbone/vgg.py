@@ -27,7 +27,7 @@ class VGGTrunk(Backbone):
             freeze_at: stages that are not trained.
 
         Raises:
-            ValueError: unknown variant or feature.
+            ValueError: unknown variant, feature or padding.
         """
         super().__init__()
         from torchvision.models import vgg
@@ -37,6 +37,8 @@ class VGGTrunk(Backbone):
             raise ValueError(f"MODEL.SHARPMASK.TRUNK.VGG is {variant!r}: choose 'A' or 'D'")
         if unknown := set(out_features) - set(_STAGES):
             raise ValueError(f"VGG has no feature {sorted(unknown)}: choose from {_STAGES}")
+        if padding not in ("mirrored", "zeros"):
+            raise ValueError(f"MODEL.SHARPMASK.TRUNK.PADDING is {padding!r}: choose 'mirrored' or 'zeros'")
         last = max(_STAGES.index(name) for name in out_features)
         layers = list(builders[variant](weights=None, init_weights=True).features)
         pools = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
@@ -53,7 +55,7 @@ class VGGTrunk(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        return self._out_feature_strides[self._out_features[0]]
+        return max(self._out_feature_strides[name] for name in self._out_features)
 
     def forward(self, x: Tensor) -> dict:
         """Features of normalised images (B, 3, H, W): a dict of (B, C, H / stride, W / stride)."""
