@@ -31,7 +31,8 @@ format: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) output
 
-# The registry's Detectron2 0.6 comes without its C++ sources, so its Python part is built alone.
+# PyPI's Detectron2 0.6 comes without its C++ sources, so its Python part is built alone. Its model zoo imports pkg_resources, which
+# setuptools has up to 80: see constraints.txt.
 $(VENV)/.installed: Makefile setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch torchvision setuptools wheel

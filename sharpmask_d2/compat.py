@@ -1,15 +1,40 @@
-"""What Detectron2 0.6, as the package registry has it, needs beside current libraries.
+"""What an older Detectron2 needs beside current libraries.
 
-That package comes without its compiled operators and was written for libraries of 2021. Importing this module, before anything of
-Detectron2 but its top level, supplies what it misses; beside any other Detectron2 it changes nothing.
+Detectron2 0.6, as PyPI has it, comes without its compiled operators and was written for libraries of 2021. Importing this module, before
+anything of Detectron2 but its top level, supplies what it misses. The main branch calls itself 0.6, too: each thing is supplied only where
+the sources of the installed Detectron2 ask for it and it is not there.
 """
 
 import importlib.util
+import re
 import sys
 import types
 import warnings
+from pathlib import Path
 
 import detectron2
+
+_SOURCES = Path(detectron2.__file__).parent
+# Sources of Detectron2 0.6 that use names which numpy dropped.
+_NUMPY_USERS = (
+    "data/build.py",
+    "data/datasets/pascal_voc.py",
+    "evaluation/pascal_voc_evaluation.py",
+    "evaluation/sem_seg_evaluation.py",
+    "structures/masks.py",
+    "utils/video_visualizer.py",
+    "utils/visualizer.py",
+)
+
+
+def _asks(path: str, pattern: str) -> bool:
+    """Whether a line of a source file of Detectron2 matches. A pattern that starts with ^import or ^from finds imports without a guard."""
+    file = _SOURCES / path
+    return file.is_file() and re.search(pattern, file.read_text(encoding="utf-8"), re.MULTILINE) is not None
+
+
+def _is_missing(module: str) -> bool:
+    return module not in sys.modules and importlib.util.find_spec(module) is None
 
 
 class _MissingOperators(types.ModuleType):
@@ -55,10 +80,10 @@ def _supply_removed_names() -> None:
     import numpy as np
     import PIL.Image
 
-    if not hasattr(PIL.Image, "LINEAR"):
+    if not hasattr(PIL.Image, "LINEAR") and _asks("data/transforms/transform.py", r"\bImage\.LINEAR\b"):
         PIL.Image.LINEAR = PIL.Image.BILINEAR
     for name, builtin in {"int": int, "float": float, "bool": bool, "object": object, "str": str}.items():
-        if name not in vars(np):
+        if name not in vars(np) and any(_asks(path, rf"\bnp\.{name}\b") for path in _NUMPY_USERS):
             setattr(np, name, builtin)
 
 
@@ -69,16 +94,14 @@ def _supply_export_without_caffe2() -> None:
     sys.modules["detectron2.export.api"] = api
 
 
-def _silence_old_ways() -> None:
-    # What Detectron2 0.6 does at import and nobody who only uses it can change.
-    warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="pkg_resources is deprecated", category=UserWarning)
-
-
-if detectron2.__version__ == "0.6":
-    _silence_old_ways()
-    _supply_removed_names()
-    if importlib.util.find_spec("caffe2") is None:
-        _supply_export_without_caffe2()
-    if importlib.util.find_spec("detectron2._C") is None:
-        _supply_compiled_operators()
+# What Detectron2 does at import and nobody who only uses it can change.
+warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated", category=FutureWarning)
+warnings.filterwarnings("ignore", message="pkg_resources is deprecated", category=UserWarning)
+_supply_removed_names()
+if _is_missing("caffe2") and _asks("export/__init__.py", r"^from \.api import"):
+    _supply_export_without_caffe2()
+if _is_missing("detectron2._C") and (
+    _asks("layers/deform_conv.py", r"^from detectron2 import _C")
+    or _asks("evaluation/coco_evaluation.py", r"^from detectron2\.evaluation\.fast_eval_api import")
+):
+    _supply_compiled_operators()
