@@ -330,8 +330,10 @@ def test_without_masks_detectron2s_test_time_augmentation_runs(tiny_cfg):
     assert not output["instances"].has("pred_masks")
 
 
-@pytest.mark.parametrize("roi_heads", [*OURS.values(), "MultiPathROIHeads"])
-@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(
+    ("roi_heads", "flip"),
+    [("ProposalMaskROIHeads", True), ("ProposalMaskRes5ROIHeads", False), ("MultiPathROIHeads", True)],
+)
 def test_augmented_detections_have_the_masks_of_their_proposals(tiny_cfg, roi_heads, flip):
     cfg = augmented(online(tiny_cfg, roi_heads), flip=flip)
     model = build(cfg, still=roi_heads != "MultiPathROIHeads")
