@@ -1,25 +1,31 @@
 """Training and evaluation in Detectron2's manner."""
 
 import logging
+import weakref
 from collections import OrderedDict
 from typing import Optional
 
 import torch
 from detectron2.data import build_detection_test_loader
-from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
+from detectron2.engine import DefaultTrainer, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators, inference_on_dataset, print_csv_format
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+from .checkpoint import SafeCheckpointer
 from .data import (
+    ResumableLoader,
     build_jitter_train_loader,
     build_patch_test_loader,
     build_patch_train_loader,
     build_proposal_test_loader,
     build_proposal_train_loader,
+    build_resumable_train_loader,
 )
 from .data.proposal_mapper import find_test_file
 from .evaluation import (
@@ -30,6 +36,7 @@ from .evaluation import (
     evaluate_proposal_file,
 )
 from .modeling.roi_heads import ProposalMaskRes5ROIHeads, ProposalMaskROIHeads
+from .seeding import STEPS, seed_all
 
 # The stand-alone networks: trained on patches, or on full images.
 ARCHITECTURE = "SharpMaskProposalNetwork"
@@ -56,42 +63,30 @@ def makes_proposals(cfg) -> bool:
     return cfg.MODEL.META_ARCHITECTURE not in ALONE and cfg.MODEL.PROPOSAL_GENERATOR.NAME in _GENERATORS
 
 
-class _CpuAutocastTrainer(SimpleTrainer):
-    """SOLVER.AMP on a CPU: bfloat16, which needs no loss scaling, but for convolutions in which its gradients are slow."""
+class _DepthwiseInFloat32(TorchFunctionMode):
+    """Inside, depthwise convolutions that learn are not cast by autocast: on a CPU their gradients are slow in bfloat16."""
 
-    def __init__(self, model: nn.Module, *args):
-        super().__init__(model, *args)
-        for module in model.modules():
-            if (
-                isinstance(module, nn.Conv2d)
-                and module.groups == module.in_channels > 1
-                and module.weight.requires_grad
-            ):
-                module.forward = _in_float32(module.forward)
-
-    def run_step(self):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            super().run_step()
-
-
-def _in_float32(forward):
-    def run(x):
-        if not torch.is_grad_enabled():
-            return forward(x)
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.conv2d or not torch.is_grad_enabled() or not _is_learning_depthwise(*args, **kwargs):
+            return func(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
-            return forward(x.float())
+            return func(args[0].float(), *args[1:], **kwargs)
 
-    return run
+
+def _is_learning_depthwise(_, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> bool:
+    """Of the arguments of `conv2d`: one channel for each group, and a gradient."""
+    return groups > 1 and weight.shape[1] == 1 and weight.requires_grad
 
 
 class _SeedStep(hooks.HookBase):
-    """Seeds torch by the iteration, so that a resumed training draws the same dropout as one that was not interrupted."""
+    """Seeds each step by its iteration and rank, so that a resumed training draws the same dropout as one that was not interrupted."""
 
     def __init__(self, seed: int):
         self.seed = seed
 
     def before_step(self):
-        torch.manual_seed(self.seed + self.trainer.iter)
+        seed_all(self.seed, comm.get_rank(), self.trainer.iter, STEPS)
 
 
 class _PatchPrinter(EventWriter):
@@ -112,9 +107,10 @@ class _PatchPrinter(EventWriter):
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's DefaultTrainer for this package's models; for other architectures it is the stock one.
+    """Detectron2's DefaultTrainer, with what this package's models need.
 
-    With SEED >= 0, a run that is resumed from a checkpoint goes on as if it had not been interrupted.
+    With SEED >= 0, a run that is resumed from a checkpoint goes on as if it had not been interrupted. It stops where it diverges, before
+    a checkpoint with numbers that are not finite is written.
     """
 
     def __init__(self, cfg):
@@ -122,18 +118,27 @@ class Trainer(DefaultTrainer):
         Args:
             cfg: a config with this package's keys.
         """
-        cpu_autocast = cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type == "cpu"
-        stock = cfg.clone()
-        if cpu_autocast:
-            # Detectron2's AMPTrainer insists on CUDA.
-            stock.defrost()
-            stock.SOLVER.AMP.ENABLED = False
-        super().__init__(stock)
-        self.cfg = cfg
-        if cpu_autocast:
-            self._trainer = _CpuAutocastTrainer(self._trainer.model, self._trainer.data_loader, self._trainer.optimizer)
+        mixed = cfg.SOLVER.AMP.ENABLED
+        on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+        self._cpu_autocast = mixed and on_cpu
+        cfg = cfg.clone()
+        cfg.defrost()
+        # Detectron2's AMPTrainer insists on CUDA.
+        cfg.SOLVER.AMP.ENABLED = mixed and not on_cpu
+        cfg.freeze()
+        super().__init__(cfg)
+
+    def run_step(self):
+        if not self._cpu_autocast:
+            super().run_step()
+            return
+        # bfloat16 needs no scaling of losses.
+        with torch.autocast("cpu", dtype=torch.bfloat16), _DepthwiseInFloat32():
+            super().run_step()
 
     def build_hooks(self):
+        # Before the hooks, which hold it; Detectron2 has no method that builds it.
+        self.checkpointer = SafeCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         seeding = [_SeedStep(self.cfg.SEED)] if self.cfg.SEED >= 0 else []
         return seeding + super().build_hooks()
 
@@ -142,7 +147,7 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True):
         super().resume_or_load(resume)
-        if self.cfg.MODEL.META_ARCHITECTURE == ARCHITECTURE:
+        if isinstance(self._trainer.data_loader, ResumableLoader):
             self._trainer.data_loader.start = self.start_iter
 
     # Detectron2 0.6 leaves the optimizer out of its checkpoints, so that a resumed run would lose its momentum; later ones do this.
@@ -167,7 +172,7 @@ class Trainer(DefaultTrainer):
             return build_proposal_train_loader(cfg)
         if cfg.INPUT.SCALE_JITTER.ENABLED:
             return build_jitter_train_loader(cfg)
-        return super().build_train_loader(cfg)
+        return build_resumable_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):

@@ -19,9 +19,10 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode, Instances
 from PIL import Image
 from sharpmask_d2.data import PatchMapper, WindowSampler, build_patch_test_loader, register_datasets
-from sharpmask_d2.data.loader import PatchBatches, PatchTrainLoader, build_patch_train_loader, category_weights
+from sharpmask_d2.data.loader import PatchBatches, build_patch_train_loader, category_weights
 from sharpmask_d2.data.objects import ImageObjects, cut_region, read_objects, render_mask
 from sharpmask_d2.data.patch_mapper import _jitter_colors
+from sharpmask_d2.data.resumable import ResumableLoader
 from sharpmask_d2.data.window_sampling import WindowSamples
 from sharpmask_d2.modeling.windows import label_windows, object_windows
 
@@ -603,7 +604,7 @@ def test_batches_depend_on_the_process(batches, monkeypatch):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loader_gives_the_same_batches_with_any_number_of_workers(batches, num_workers):
-    loader = PatchTrainLoader(batches(), num_workers=num_workers)
+    loader = ResumableLoader(batches(), num_workers=num_workers)
     assert_same_batches(first(loader, 3), first(batches(), 3))
     iterator = iter(loader)
     # A trainer asks for the iterator first and resumes later.
@@ -620,7 +621,7 @@ def test_workers_start_after_opencv_ran_in_threads(batches):
     previous = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(60)
     try:
-        assert_same_batches(first(PatchTrainLoader(batches(), num_workers=1), 1), first(batches(), 1))
+        assert_same_batches(first(ResumableLoader(batches(), num_workers=1), 1), first(batches(), 1))
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)

@@ -4,6 +4,7 @@ import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
 # isort: split
 
+import itertools
 import json
 import logging
 import os
@@ -488,3 +489,21 @@ def test_the_backbone_of_a_detector_has_a_learning_rate_of_its_own(online_cfg):
     assert {rate for name, rate in named.items() if name.startswith("roi_heads.")} == {0.1}
     # The generator is frozen.
     assert {rate for name, rate in named.items() if name.startswith("proposal_generator.")} == {None}
+
+
+def test_batches_of_images_with_proposals_depend_on_their_number_only(cfg):
+    def take(loader, count):
+        return [x for batch in itertools.islice(loader, count) for x in batch]
+
+    whole = take(Trainer.build_train_loader(cfg), 6)
+    resumed = Trainer.build_train_loader(cfg)
+    iterator = iter(resumed)
+    resumed.start = 4
+    np.random.seed(7)  # noqa: NPY002
+    for image, same in zip(take(iterator, 2), whole[8:]):
+        assert image["image_id"] == same["image_id"]
+        assert torch.equal(image["image"], same["image"])
+        assert torch.equal(image["proposals"].proposal_boxes.tensor, same["proposals"].proposal_boxes.tensor)
+        assert torch.equal(image["instances"].gt_boxes.tensor, same["instances"].gt_boxes.tensor)
+    # Images are mirrored at random.
+    assert len({image["image"].float().mul(torch.arange(image["image"].shape[-1])).sum().item() for image in whole}) > 3

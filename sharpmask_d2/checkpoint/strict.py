@@ -1,10 +1,10 @@
 """Loading a checkpoint that has to be complete."""
 
-from detectron2.checkpoint import DetectionCheckpointer
+from .safe import SafeCheckpointer, list_names
 
 
-class StrictCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, for models that are run and not trained on: what the file lacks is an error, not a warning.
+class StrictCheckpointer(SafeCheckpointer):
+    """A checkpointer for models that are run and not trained on: what the file lacks is an error, not a warning.
 
     Parameters that only the file has are left out, since one file may serve DeepMask and SharpMask.
     """
@@ -16,7 +16,8 @@ class StrictCheckpointer(DetectionCheckpointer):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a checkpoint, or one of another model; the message names the file and the parameters.
+            ValueError: not a checkpoint, one of another model, or one with numbers that are not finite; the message names the file and the
+                parameters.
         """
         try:
             return super().load(path, checkpointables)
@@ -39,8 +40,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         wrong = [key for key, *_ in incompatible.incorrect_shapes]
         if missing or wrong:
             names = sorted({*missing, *wrong})
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            raise _WrongModelError(f"it lacks, or has in another shape, {', '.join(names[:4])}{more}")
+            raise _WrongModelError(f"it lacks, or has in another shape, {list_names(names)}")
         # Not worth a warning here: see the class.
         incompatible.unexpected_keys.clear()
         return incompatible

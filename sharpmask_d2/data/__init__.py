@@ -7,12 +7,14 @@ from .proposal_mapper import (
     build_proposal_train_loader,
     load_proposal_masks,
 )
+from .resumable import ResumableLoader, build_resumable_train_loader
 from .scale_jitter import build_jitter_train_loader
 from .window_sampling import WindowSampler
 
 __all__ = [
     "PatchMapper",
     "ProposalMapper",
+    "ResumableLoader",
     "WindowSampler",
     "add_dataset_option",
     "build_jitter_train_loader",
@@ -20,6 +22,7 @@ __all__ = [
     "build_patch_train_loader",
     "build_proposal_test_loader",
     "build_proposal_train_loader",
+    "build_resumable_train_loader",
     "load_proposal_masks",
     "register_datasets",
 ]

@@ -1,24 +1,21 @@
 """Loaders of patches: an endless, repeatable stream for training and a fixed set for the per-patch evaluation."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 
-import cv2
 import numpy as np
-import torch
 from detectron2.config import configurable
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from .patch_mapper import PatchMapper
+from .resumable import BatchStream, ResumableLoader, share_batch, single_threaded_loader
 
 
-class PatchBatches(IterableDataset):
-    """An endless stream of batches, each a list of mapped images.
-
-    Batch k depends on the seed, k and the rank only, not on the number of workers: a run resumed at k sees what it would have seen.
-    """
+class PatchBatches(BatchStream):
+    """A `BatchStream` of patches."""
 
     def __init__(self, dicts: list, mapper: PatchMapper, *, images_per_batch: int, seed: int, start: int = 0):
         """
@@ -27,13 +24,14 @@ class PatchBatches(IterableDataset):
             mapper: makes patches.
             images_per_batch: of this process.
             seed: of everything drawn.
-            start: number of the first batch.
+            start: see `BatchStream`.
 
         Raises:
             ValueError: no image has an object to learn from.
         """
+        super().__init__(start=start)
         self.dicts, self.mapper = dicts, mapper
-        self.images_per_batch, self.seed, self.start = images_per_batch, seed, start
+        self.images_per_batch, self.seed, self.rank = images_per_batch, seed, comm.get_rank()
         weights = np.array([mapper.weights(mapper.objects(d)).sum() for d in dicts], dtype=np.float64)
         if not weights.any():
             raise ValueError(
@@ -42,50 +40,14 @@ class PatchBatches(IterableDataset):
             )
         self.probabilities = weights / weights.sum()
 
-    def __iter__(self):
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        number = self.start + first
-        while True:
-            yield self.batch(number)
-            number += step
+    def plans(self) -> Iterable:
+        """The batches' numbers."""
+        return itertools.count()
 
-    def batch(self, number: int) -> list:
-        """Batch `number` of this process: a list of mapped images."""
-        rng = np.random.default_rng([self.seed, number, comm.get_rank()])
+    def make(self, plan: int) -> list:
+        rng = np.random.default_rng([self.seed, plan, self.rank])
         images = rng.choice(len(self.dicts), size=self.images_per_batch, p=self.probabilities)
         return [self.mapper(self.dicts[i], rng) for i in images]
-
-
-class PatchTrainLoader:
-    """Iterates over `PatchBatches` with workers, from batch `start` on, which may be set until the first batch is asked for."""
-
-    def __init__(self, batches: PatchBatches, *, num_workers: int):
-        """
-        Args:
-            batches: the stream.
-            num_workers: processes that read and cut; 0 does it in this one.
-        """
-        self.batches, self.num_workers = batches, num_workers
-        self.start = batches.start
-
-    def __iter__(self):
-        self.batches.start = self.start
-        yield from _loader(
-            self.batches,
-            batch_size=None,
-            num_workers=self.num_workers,
-            collate_fn=None,
-            # Its own: starting would draw from torch's, and a resumed training would see other dropout in its first step.
-            generator=torch.Generator(),
-        )
-
-
-def _loader(dataset, **options) -> DataLoader:
-    """A loader whose workers cut patches with one thread each, so that they do not fight the trainer for the cores."""
-    # Here and not in the workers: a forked process waits for ever for OpenCV's threads of its parent when it changes their number.
-    cv2.setNumThreads(0)
-    return DataLoader(dataset, **options)
 
 
 def category_weights(objects: Iterable) -> dict:
@@ -130,16 +92,14 @@ def build_patch_train_loader(
         seed: negative for another one in every run.
 
     Returns:
-        PatchTrainLoader over lists of dicts as `PatchMapper` makes them.
+        ResumableLoader over lists of dicts as `PatchMapper` makes them.
     """
-    world = comm.get_world_size()
-    if total_batch_size % world:
-        raise ValueError(f"SOLVER.IMS_PER_BATCH is {total_batch_size}: it must be a multiple of the {world} processes")
+    images_per_batch = share_batch(total_batch_size)
     seed = comm.shared_random_seed() if seed < 0 else seed
     if balance_categories:
         mapper.category_weights = category_weights(mapper.objects(d) for d in dataset)
-    batches = PatchBatches(dataset, mapper, images_per_batch=total_batch_size // world, seed=seed)
-    return PatchTrainLoader(batches, num_workers=num_workers)
+    batches = PatchBatches(dataset, mapper, images_per_batch=images_per_batch, seed=seed)
+    return ResumableLoader(batches, num_workers=num_workers)
 
 
 class FixedPatches(Dataset):
@@ -162,4 +122,4 @@ def build_patch_test_loader(cfg, dataset_name: str) -> DataLoader:
     mapper = PatchMapper(cfg, category_weights={}, is_train=False)
     share = list(enumerate(dicts))[comm.get_rank() :: comm.get_world_size()]
     patches = FixedPatches(share, mapper)
-    return _loader(patches, batch_size=1, num_workers=cfg.DATALOADER.NUM_WORKERS, collate_fn=list)
+    return single_threaded_loader(patches, batch_size=1, num_workers=cfg.DATALOADER.NUM_WORKERS, collate_fn=list)

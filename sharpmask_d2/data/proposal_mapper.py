@@ -15,7 +15,6 @@ from detectron2.data import (
     DatasetCatalog,
     DatasetMapper,
     build_detection_test_loader,
-    build_detection_train_loader,
     get_detection_dataset_dicts,
 )
 from detectron2.data import transforms as T
@@ -25,6 +24,7 @@ from torchvision.ops import roi_align
 
 from ..proposal_files import count_rles, split_rles
 from ..structures import WindowMasks
+from .resumable import ResumableLoader, build_resumable_train_loader
 
 MASK_SIDE = 56
 
@@ -225,8 +225,8 @@ def get_proposal_dicts(
     return load_proposal_masks(dicts, proposal_files[0]) if masks else dicts
 
 
-def build_proposal_train_loader(cfg):
-    """Detectron2's training loader of precomputed proposals, with `ProposalMapper`."""
+def build_proposal_train_loader(cfg) -> ResumableLoader:
+    """A training loader of full images with precomputed proposals, with `ProposalMapper`."""
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     # Before the datasets are read: it may refuse the config.
     mapper = ProposalMapper(cfg, True)
@@ -236,7 +236,7 @@ def build_proposal_train_loader(cfg):
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         min_keypoints=keypoints,
     )
-    return build_detection_train_loader(cfg, mapper=mapper, dataset=dicts)
+    return build_resumable_train_loader(cfg, mapper=mapper, dataset=dicts)
 
 
 def build_proposal_test_loader(cfg, dataset_name: str):

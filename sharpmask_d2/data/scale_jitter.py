@@ -5,7 +5,7 @@ Shape letters: H W image.
 
 import numpy as np
 import torch
-from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.utils import comm
@@ -13,6 +13,7 @@ from fvcore.transforms.transform import Transform
 
 from .mixing import MixingSampler, epoch_counts, load_datasets
 from .patch_mapper import PADDING_VALUE
+from .resumable import ResumableLoader, build_resumable_train_loader
 
 # Cuts that are drawn of an image, at most, until one has an object.
 _TRIES = 20
@@ -106,8 +107,8 @@ class JitterMapper(DatasetMapper):
         dataset_dict["instances"] = annotations_to_instances([], image_shape)
 
 
-def build_jitter_train_loader(cfg):
-    """Detectron2's training loader with the augmentations of INPUT.SCALE_JITTER; boxes are those of what remains of the masks."""
+def build_jitter_train_loader(cfg) -> ResumableLoader:
+    """A training loader of full images with the augmentations of INPUT.SCALE_JITTER; boxes are those of what remains of the masks."""
     mapper = JitterMapper(
         is_train=True,
         augmentations=build_jitter_augmentations(cfg),
@@ -117,15 +118,16 @@ def build_jitter_train_loader(cfg):
         recompute_boxes=cfg.MODEL.MASK_ON,
     )
     dicts, sizes = load_datasets(cfg)
-    shares = dict(cfg.DATASETS.MAX_SHARES)
-    if unknown := set(shares) - set(cfg.DATASETS.TRAIN):
-        raise ValueError(f"DATASETS.MAX_SHARES names {sorted(unknown)}, which DATASETS.TRAIN does not have")
-    counts = epoch_counts(sizes, [shares.get(name, 1.0) for name in cfg.DATASETS.TRAIN])
-    sampler = MixingSampler(
-        sizes=sizes,
-        counts=counts,
-        seed=max(cfg.SEED, 0),
-        rank=comm.get_rank(),
-        world_size=comm.get_world_size(),
-    )
-    return build_detection_train_loader(cfg, mapper=mapper, dataset=dicts, sampler=sampler)
+    sampler = None
+    if cfg.DATASETS.MAX_SHARES:
+        shares = dict(cfg.DATASETS.MAX_SHARES)
+        if unknown := set(shares) - set(cfg.DATASETS.TRAIN):
+            raise ValueError(f"DATASETS.MAX_SHARES names {sorted(unknown)}, which DATASETS.TRAIN does not have")
+        sampler = MixingSampler(
+            sizes=sizes,
+            counts=epoch_counts(sizes, [shares.get(name, 1.0) for name in cfg.DATASETS.TRAIN]),
+            seed=comm.shared_random_seed() if cfg.SEED < 0 else cfg.SEED,
+            rank=comm.get_rank(),
+            world_size=comm.get_world_size(),
+        )
+    return build_resumable_train_loader(cfg, mapper=mapper, dataset=dicts, sampler=sampler)

