@@ -267,3 +267,6 @@ def add_sharpmask_config(cfg: CN) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Factor on the learning rate of the trunk, or of a detector's backbone.
     cfg.SOLVER.TRUNK_MULTIPLIER = 1.0
+    # Mixed precision in this package's Trainer: float16 on CUDA, bfloat16 on a CPU. SOLVER.AMP.ENABLED does it, too, but Detectron2's own
+    # scripts read that key and end with an error on a CPU.
+    cfg.SOLVER.MIXED_PRECISION = False

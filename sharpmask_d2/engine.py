@@ -118,7 +118,7 @@ class Trainer(DefaultTrainer):
         Args:
             cfg: a config with this package's keys.
         """
-        mixed = cfg.SOLVER.AMP.ENABLED
+        mixed = cfg.SOLVER.AMP.ENABLED or cfg.SOLVER.MIXED_PRECISION
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
         self._cpu_autocast = mixed and on_cpu
         cfg = cfg.clone()

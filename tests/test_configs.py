@@ -67,6 +67,15 @@ def test_every_yaml_is_checked_here():
     assert set(LAZY) <= names
 
 
+def test_no_config_asks_detectron2_for_what_it_cannot_do_on_a_cpu():
+    """Its own trainers have mixed precision on CUDA only; the key of this package's Trainer is another one."""
+    for name in (*MODELS, *PYRAMID_MODELS):
+        cfg = load_yaml(name)
+        assert not cfg.SOLVER.AMP.ENABLED
+        assert ("lite0" in name) == cfg.SOLVER.MIXED_PRECISION
+    assert not any(load_lazy(name).train.amp.enabled for name in LAZY)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_yaml_builds_its_model(name):
     branch, window, scales = MODELS[name]

@@ -57,6 +57,30 @@ def test_plain_train_net_trains_and_evaluates(dataset, config_file, tiny_cfg):
 
 
 @needs_scripts
+def test_train_net_trains_our_configs_on_a_cpu(dataset, tmp_path):
+    """Detectron2's DefaultTrainer has mixed precision on CUDA only, and ends with an error elsewhere."""
+    settings = {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.TIMM.PRETRAINED": "",
+        "MODEL.FPN.OUT_CHANNELS": 8,
+        "MODEL.SHARPMASK.EMBED_DIM": 16,
+        "MODEL.SHARPMASK.FPN.SCORE_CHANNELS": 8,
+        "INPUT.MIN_SIZE_TRAIN": "(96,)",
+        "DATASETS.TRAIN": "('launched',)",
+        "DATASETS.TEST": "()",
+        "DATALOADER.NUM_WORKERS": 0,
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SOLVER.MAX_ITER": 1,
+        "OUTPUT_DIR": tmp_path / "trained",
+    }
+    config = ROOT / "configs" / "sharpmask_fpn_lite0.yaml"
+    pairs = [part for pair in settings.items() for part in pair]
+    output = run_launch(*dataset, SCRIPTS / "train_net.py", "--config-file", config, *pairs)
+    assert "total_loss" in output
+    assert (tmp_path / "trained" / "model_final.pth").is_file()
+
+
+@needs_scripts
 def test_analyze_model_counts_parameters_and_flops(dataset, config_file):
     tasks = ["--tasks", "parameter", "structure", "flop", "--num-inputs", "1"]
     output = run_launch(*dataset, SCRIPTS / "analyze_model.py", *tasks, "--config-file", config_file)

@@ -4,6 +4,7 @@ import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
 # isort: split
 
+import copy
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from detectron2.engine import hooks
 from detectron2.modeling import build_model
 from sharpmask_d2.data import register_datasets
 from sharpmask_d2.engine import Trainer, build_optimizer
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "trained_on"
@@ -228,8 +230,9 @@ def test_nan_ends_the_training_and_leaves_the_checkpoint(cfg):
     assert all(value.isfinite().all() for value in checkpoint(cfg, "model_0000001")["model"].values())
 
 
-def test_mixed_precision_on_a_cpu(cfg):
-    cfg.SOLVER.AMP.ENABLED = True
+@pytest.mark.parametrize("key", ["SOLVER.MIXED_PRECISION", "SOLVER.AMP.ENABLED"])
+def test_mixed_precision_on_a_cpu(cfg, key):
+    cfg.merge_from_list([key, True])
     cfg.SOLVER.MAX_ITER = 1
     seen = []
 
@@ -243,6 +246,32 @@ def test_mixed_precision_on_a_cpu(cfg):
     assert all(torch.isfinite(torch.tensor(value)) for value in losses[0].values())
     # Weights stay in full precision.
     assert {value.dtype for value in checkpoint(cfg)["model"].values() if value.is_floating_point()} == {torch.float32}
+
+
+def test_depthwise_convolutions_stay_in_full_precision_in_copies_of_the_model_too(cfg):
+    """A copy, as averages of weights are kept in, runs its own weights."""
+    cfg.SOLVER.AMP.ENABLED = True
+    cfg.SOLVER.MAX_ITER = 1
+    sharpmask = cfg.MODEL.SHARPMASK
+    sharpmask.TRUNK.NAME = "build_timm_trunk"
+    sharpmask.IN_FEATURE = "s16"
+    sharpmask.REFINEMENT.NAME = "none"
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    trainer = Trainer(cfg)
+
+    def convolutions(model, depthwise: bool) -> list:
+        return [m for m in model.modules() if isinstance(m, nn.Conv2d) and depthwise == (m.groups > 1)]
+
+    copied = copy.deepcopy(trainer.model)
+    for convolution in convolutions(copied, True):
+        nn.init.zeros_(convolution.weight)
+        assert not convolution(torch.ones(1, convolution.in_channels, 8, 8)).any()
+    dtypes = {True: set(), False: set()}
+    for depthwise, seen in dtypes.items():
+        for convolution in convolutions(trainer.model.pyramid.network.trunk, depthwise):
+            convolution.register_forward_hook(lambda module, inputs, output, seen=seen: seen.add(output.dtype))
+    trainer.train()
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
 
 
 def test_trainer_evaluates_what_the_config_asks_for(cfg):

@@ -50,8 +50,6 @@ lr_multiplier.warmup_length = 200 / 3600
 train.max_iter = 3600
 train.checkpointer.period = 250
 train.eval_period = 0
-# Set it to False on a CPU.
-train.amp.enabled = True
 train.seed = 1
 train.output_dir = "output/lazy_deepmask_lite0"
 # What is left are the parts of a config.
