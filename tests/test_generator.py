@@ -1,5 +1,6 @@
 """SharpMask inside a detector: frozen or trained with it, with a trunk of its own or on the detector's features."""
 
+import copy
 import math
 import pickle
 
@@ -90,6 +91,12 @@ def build(cfg, input_shape=None):
     return build_proposal_generator(cfg, input_shape or {})
 
 
+def with_weights(module):
+    """The module, which was told the weights that it has."""
+    module.load_state_dict(module.state_dict())
+    return module
+
+
 def draw(objects=OBJECTS, size=(96, 128), kind="polygon"):
     return draw_example(objects, size, kind=kind)
 
@@ -146,7 +153,7 @@ def test_a_batch_gives_the_proposals_of_its_images_one_by_one(cfg):
 def test_in_training_masks_are_left_out(cfg, frozen):
     cfg.MODEL.SHARPMASK.GENERATOR.FROZEN = frozen
     image, gt = draw()
-    (proposals,), _ = build(cfg).train()(images_of(image), {}, [gt])
+    (proposals,), _ = with_weights(build(cfg)).train()(images_of(image), {}, [gt])
     assert set(proposals.get_fields()) == {"proposal_boxes", "objectness_logits"}
     assert len(proposals)
     assert not proposals.objectness_logits.requires_grad
@@ -175,7 +182,7 @@ def test_windows_follow_the_reference_side(cfg, reference):
 
 def test_frozen_it_neither_learns_nor_leaves_evaluation(cfg):
     cfg.MODEL.SHARPMASK.GENERATOR.FROZEN = True
-    generator = build(cfg)
+    generator = with_weights(build(cfg))
     assert not generator.pyramid.training
     generator.train()
     assert not any(module.training for module in generator.pyramid.modules())
@@ -580,7 +587,7 @@ def test_shared_features_give_what_an_own_trunk_gives(toy_cfg):
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gradients_flow_into_shared_features_unless_frozen(toy_cfg, frozen):
     toy_cfg.MODEL.SHARPMASK.GENERATOR.FROZEN = frozen
-    generator, backbone = _share(toy_cfg).train(), ToyBackbone()
+    generator, backbone = with_weights(_share(toy_cfg)).train(), ToyBackbone()
     assert not list(generator.pyramid.network.trunk.parameters())
     image, gt = draw()
     images = images_of(image)
@@ -660,7 +667,7 @@ def test_a_stock_detector_trains_and_infers(cfg, setup):
     cfg.MODEL.SHARPMASK.GENERATOR.FROZEN = setup == "frozen"
     if setup == "shared":
         _share_fpn(cfg)
-    model = _detector(cfg, fpn=setup == "shared").train()
+    model = with_weights(_detector(cfg, fpn=setup == "shared")).train()
     (image, gt), (other, nothing) = draw(), draw([], (80, 100))
     inputs = [{"image": 128 + 40 * x, "instances": y} for x, y in ((image, gt), (other, nothing))]
     losses = model(inputs)
@@ -673,6 +680,53 @@ def test_a_stock_detector_trains_and_infers(cfg, setup):
     with torch.no_grad():
         outputs = model.eval()([{"image": x["image"]} for x in inputs])
     assert all(isinstance(output["instances"], Instances) for output in outputs)
+
+
+@pytest.mark.parametrize("name", ["SharpMask", "SharpMaskFPN"])
+def test_a_detector_is_not_trained_on_random_proposals(cfg, tmp_path, name):
+    """As when the generator's name alone is put into a stock Mask R-CNN, whose checkpoint knows nothing of it."""
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = name
+    cfg.MODEL.SHARPMASK.GENERATOR.FROZEN = True
+    cfg.MODEL.SHARPMASK.FPN.SCORE_CHANNELS = 8
+    model = _detector(cfg, fpn=True)
+    state = model.state_dict()
+    stock = {key: value for key, value in state.items() if not key.startswith("proposal_generator.")}
+    torch.save({"model": stock}, tmp_path / "stock.pth")
+    torch.save({"model": state}, tmp_path / "whole.pth")
+    image, gt = draw()
+    inputs = [{"image": 128 + 40 * image, "instances": gt}]
+    for load in (lambda: None, lambda: DetectionCheckpointer(model).load(str(tmp_path / "stock.pth"))):
+        load()
+        with pytest.raises(ValueError, match=r"no weights .* were loaded.*MODEL\.WEIGHTS.*FROZEN False"):
+            model.train()(inputs)
+        with torch.no_grad():
+            assert len(model.eval()(inputs)) == 1
+    DetectionCheckpointer(model).load(str(tmp_path / "whole.pth"))
+    assert "loss_cls" in model.train()(inputs)
+    assert "loss_cls" in copy.deepcopy(model)(inputs)
+
+
+def test_a_generator_with_a_checkpoint_of_its_own_has_weights(cfg, tmp_path):
+    alone = cfg.clone()
+    alone.MODEL.META_ARCHITECTURE = "SharpMaskProposalNetwork"
+    torch.save({"model": build_model(alone).state_dict()}, tmp_path / "sharpmask.pth")
+    cfg.MODEL.SHARPMASK.GENERATOR.FROZEN = True
+    cfg.MODEL.SHARPMASK.GENERATOR.WEIGHTS = str(tmp_path / "sharpmask.pth")
+    image, gt = draw()
+    assert build(cfg).train()(images_of(image), {}, [gt])[1] == {}
+    cfg.MODEL.SHARPMASK.GENERATOR.WEIGHTS = ""
+    with pytest.raises(ValueError, match=r"name its checkpoint in MODEL\.SHARPMASK\.GENERATOR\.WEIGHTS.*FROZEN False"):
+        build(cfg).train()(images_of(image), {}, [gt])
+
+
+@pytest.mark.parametrize("name", ["SharpMask", "SharpMaskFPN"])
+@pytest.mark.parametrize("key", ["POSITIVE_SHIFT", "POSITIVE_OCTAVES"])
+def test_limits_that_no_cell_meets_are_refused(cfg, name, key):
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = name
+    cfg.MODEL.SHARPMASK.LABELS[key] = 0
+    features = {f"p{i}": ShapeSpec(channels=8, stride=2**i) for i in range(2, 6)}
+    with pytest.raises(ValueError, match=rf"LABELS\.{key} is 0: it must be above 0"):
+        build(cfg, features)
 
 
 @pytest.mark.parametrize("objects", [OBJECTS, []])

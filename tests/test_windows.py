@@ -201,3 +201,15 @@ def test_without_objects_everything_is_negative():
 def test_without_windows_there_are_no_labels():
     labels, objects = label_windows(torch.zeros(0, 4), torch.tensor([[0.0, 0.0, 9.0, 9.0]]), WINDOW, **RELEASED)
     assert labels.shape == objects.shape == (0,)
+
+
+@pytest.mark.parametrize("limit", ["positive_shift", "positive_octaves"])
+def test_a_limit_of_zero_is_met_by_canonical_windows(limit):
+    """As patches without jitter are cut."""
+    box = torch.tensor([[20.0, 30.0, 84.0, 62.0]])
+    window = object_windows(box, WINDOW)
+    others = torch.cat([window + 1, window + torch.tensor([[-1.0, -1.0, 1.0, 1.0]])])
+    labels, objects = label_windows(torch.cat([window, others]), box, WINDOW, **{**PAPER, limit: 0})
+    assert labels[0] == 1
+    assert objects[0] == 0
+    assert labels[1 if limit == "positive_shift" else 2] == -1

@@ -7,7 +7,7 @@ import torch
 from detectron2.config import CfgNode
 
 from ..checkpoint import SafeCheckpointer
-from ..engine import Trainer
+from ..engine import Trainer, makes_proposals
 from ..modeling.inference import autocast
 from .drawing import draw_image, draw_objects, draw_proposals
 from .memory import forget_peak, peak_megabytes
@@ -42,6 +42,9 @@ def time_detector(
         "seconds per image": statistics.median(seconds[1:]),
         "peak memory of an image (MB)": peak_megabytes(model.device),
     }
+    if makes_proposals(cfg):
+        # What is timed need not be good.
+        model.proposal_generator.has_weights = True
     model.train()
     optimizer = Trainer.build_optimizer(cfg, model)
     objects = draw_objects(8, size, cfg.MODEL.ROI_HEADS.NUM_CLASSES)

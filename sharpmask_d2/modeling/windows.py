@@ -192,9 +192,23 @@ def window_offsets(windows: Tensor, boxes: Tensor, window_size: int) -> tuple:
     return shift, octaves
 
 
-def label_rule(cfg) -> dict:
-    """The keywords of `label_windows` that MODEL.SHARPMASK.LABELS gives."""
-    return {name.lower(): value for name, value in cfg.MODEL.SHARPMASK.LABELS.items()}
+def label_rule(cfg, *, of_cells: bool = False) -> dict:
+    """The keywords of `label_windows` that MODEL.SHARPMASK.LABELS gives.
+
+    Args:
+        cfg: reads MODEL.SHARPMASK.LABELS.
+        of_cells: the windows to be labelled are those of a grid's cells. None of them is the canonical window of an object but by chance,
+            while patches may be cut there.
+
+    Raises:
+        ValueError: a limit that leaves nothing to be positive; the message names the key.
+    """
+    labels = cfg.MODEL.SHARPMASK.LABELS
+    for name in ("POSITIVE_SHIFT", "POSITIVE_OCTAVES"):
+        if labels[name] < 0 or (of_cells and labels[name] == 0):
+            least = "above 0: no window of a cell would be positive" if of_cells else "0 or above"
+            raise ValueError(f"MODEL.SHARPMASK.LABELS.{name} is {labels[name]}: it must be {least}")
+    return {name.lower(): value for name, value in labels.items()}
 
 
 def label_windows(
@@ -226,7 +240,10 @@ def label_windows(
         )
     shift, octaves = window_offsets(windows, boxes, window_size)
     inside = (shift <= positive_shift) & (octaves <= positive_octaves)
-    distance = torch.maximum(shift / positive_shift, octaves / positive_octaves).masked_fill(~inside, math.inf)
+    # A limit of 0 is met by 0 alone, whose share of it is none.
+    least = torch.finfo(shift.dtype).tiny
+    shares = shift / max(positive_shift, least), octaves / max(positive_octaves, least)
+    distance = torch.maximum(*shares).masked_fill(~inside, math.inf)
     nearest, objects = distance.min(dim=1)
     positive = nearest < math.inf
     negative = ((shift >= negative_shift) | (octaves >= negative_octaves)).all(dim=1)

@@ -26,7 +26,7 @@ from ..pyramid_windows import Cells, PyramidWindows, spread
 from ..sampled_decoder import SampledDecoder, jittered_windows, tight_boxes, touches_inside
 from ..window_targets import mask_targets
 from ..windows import label_rule, pyramid_sizes, square_windows
-from .targets import aside, check_masks, log_windows
+from .targets import LearntGenerator, aside, check_masks, log_windows
 
 # Windows that are looked at for each proposal, so that enough are left when neighbours step back.
 _CANDIDATES = 4
@@ -51,7 +51,7 @@ def _inside(feature: Tensor, extents: Tensor) -> Tensor:
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
-class SharpMaskFPN(NotExportable):
+class SharpMaskFPN(LearntGenerator, NotExportable):
     """Segment proposals from a feature pyramid (FPN, section 6) with SharpMask's refinement on top.
 
     It reads the features of the detector's backbone, which it trains along unless it is frozen.
@@ -160,7 +160,7 @@ class SharpMaskFPN(NotExportable):
             "geometry": geometry,
             "sampler": PyramidSampler(
                 geometry=geometry,
-                label_rule=label_rule(cfg),
+                label_rule=label_rule(cfg, of_cells=not sharpmask.GENERATOR.FROZEN),
                 mask_rule={"positive_shift": fpn.MASK_SHIFT, "positive_octaves": fpn.MASK_OCTAVES},
                 windows_per_image=sharpmask.GENERATOR.WINDOWS_PER_IMAGE,
                 positive_fraction=sharpmask.GENERATOR.POSITIVE_FRACTION,
@@ -205,10 +205,12 @@ class SharpMaskFPN(NotExportable):
             A dict of losses: loss_sharpmask_mask, loss_sharpmask_score, loss_sharpmask_quality; empty in evaluation or when frozen.
 
         Raises:
-            ValueError: training without ground truth or its masks.
+            ValueError: training without ground truth or its masks, or of a detector on a frozen generator without weights.
         """
         self.check_not_traced()
         trains = self.training and not self.frozen
+        if self.training:
+            self.check_weights()
         pyramid = self.pyramid(images.image_sizes, features)
         losses = self.losses(pyramid, gt_instances) if trains else {}
         proposals = self.propose(pyramid, images.image_sizes)

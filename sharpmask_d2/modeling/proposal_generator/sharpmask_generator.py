@@ -22,7 +22,7 @@ from ..sharpmask import GivenFeatures, WindowGrid, evaluating
 from ..window_targets import grid_size, grid_windows, mask_targets, sample_windows, split_cells
 from ..windows import label_rule
 from .image_pyramid import ImagePyramid
-from .targets import aside, check_masks, log_windows
+from .targets import LearntGenerator, aside, check_masks, log_windows
 
 
 class WindowOutputs(NamedTuple):
@@ -34,12 +34,14 @@ class WindowOutputs(NamedTuple):
     targets: Tensor
 
 
-class SharpMaskGenerator(NotExportable):
+class SharpMaskGenerator(LearntGenerator, NotExportable):
     """SharpMask as a proposal generator of a detector: registered as `SharpMask`, configured by MODEL.SHARPMASK.
 
     It has a trunk of its own or reads the features of the detector's backbone, and is frozen or learns from windows of the detector's
     images.
     """
+
+    way_to_weights = "name its checkpoint in MODEL.SHARPMASK.GENERATOR.WEIGHTS (or one of the detector that holds it in MODEL.WEIGHTS)"
 
     @configurable
     def __init__(
@@ -59,6 +61,7 @@ class SharpMaskGenerator(NotExportable):
         mask_loss_weight: float,
         score_loss_weight: float,
         saved: bool = True,
+        has_weights: bool = False,
     ):
         """
         Args:
@@ -74,6 +77,7 @@ class SharpMaskGenerator(NotExportable):
             mask_size: M.
             mask_loss_weight, score_loss_weight: factors of the two losses.
             saved: its parameters belong into checkpoints of the detector; otherwise they need not be there.
+            has_weights: the pyramid's weights were loaded.
         """
         super().__init__()
         self.pyramid = pyramid
@@ -84,6 +88,7 @@ class SharpMaskGenerator(NotExportable):
         self.windows_per_image, self.positive_fraction = windows_per_image, positive_fraction
         self.label_rule, self.mask_size = label_rule, mask_size
         self.loss_weights = {"loss_sharpmask_mask": mask_loss_weight, "loss_sharpmask_score": score_loss_weight}
+        self.has_weights = has_weights
         if frozen:
             pyramid.requires_grad_(False)
             pyramid.eval()
@@ -109,7 +114,7 @@ class SharpMaskGenerator(NotExportable):
             "reference_side": generator.REFERENCE_SIDE,
             "windows_per_image": generator.WINDOWS_PER_IMAGE,
             "positive_fraction": generator.POSITIVE_FRACTION,
-            "label_rule": label_rule(cfg),
+            "label_rule": label_rule(cfg, of_cells=not generator.FROZEN),
             # As in the training on patches.
             "mask_size": 2 * sharpmask.COARSE_MASK_SIZE
             if sharpmask.REFINEMENT.NAME == "none"
@@ -118,6 +123,7 @@ class SharpMaskGenerator(NotExportable):
             "score_loss_weight": sharpmask.SCORE_LOSS_WEIGHT,
             # A file of its own has them already.
             "saved": not (generator.FROZEN and generator.WEIGHTS),
+            "has_weights": bool(generator.WEIGHTS),
         }
 
     def _stay_out_of_checkpoints(self) -> None:
@@ -154,10 +160,12 @@ class SharpMaskGenerator(NotExportable):
             A dict of losses: loss_sharpmask_mask and loss_sharpmask_score; empty in evaluation or when frozen.
 
         Raises:
-            ValueError: training without ground truth or its masks.
+            ValueError: training without ground truth or its masks, or of a detector on a frozen generator without weights.
         """
         self.check_not_traced()
         trains = self.training and not self.frozen
+        if self.training:
+            self.check_weights()
         if trains:
             check_masks(gt_instances, len(images))
         proposals, outputs = [], []

@@ -4,9 +4,34 @@ from contextlib import contextmanager
 
 import torch
 from detectron2.utils.events import get_event_storage
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..losses import mask_iou
+
+
+class LearntGenerator(nn.Module):
+    """A generator that is trained, or frozen, and then refuses to have a detector trained on its proposals before it has weights.
+
+    It has them once a state with all of its parameters was loaded into it, alone or as a part of a detector.
+    """
+
+    frozen: bool
+    has_weights = False
+    # What a user who wants it frozen has to do.
+    way_to_weights = "name a checkpoint of the detector that holds the generator's parameters in MODEL.WEIGHTS"
+
+    def check_weights(self) -> None:
+        """Raises ValueError if it is frozen and its weights are the random ones it was built with."""
+        if self.frozen and not self.has_weights:
+            raise ValueError(
+                "MODEL.SHARPMASK.GENERATOR.FROZEN is True, but no weights of the proposal generator were loaded: the detector would be "
+                f"trained on random proposals. Either {self.way_to_weights}, or train the generator with the detector: FROZEN False"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if all(prefix + name in state_dict for name, _ in self.named_parameters()):
+            self.has_weights = True
 
 
 def check_masks(gt_instances, num_images: int) -> None:
