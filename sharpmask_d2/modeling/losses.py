@@ -1,20 +1,32 @@
 """Losses of windows, and how good their masks are.
 
+Means are over the windows of all processes: what DistributedDataParallel makes of them, the mean over processes, is what one process with
+all windows would have.
+
 Shape letters: N windows, M mask side.
 """
 
 import torch
+from detectron2.utils import comm
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 
 def _mean_over(values: Tensor, mask: Tensor) -> Tensor:
     # Not an index: an empty selection has to give 0 with a gradient.
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    return (values * mask).sum() / _share(mask.sum())
+
+
+def _share(count: Tensor) -> Tensor:
+    """The sum of a scalar over all processes, at least 1, by their number."""
+    world = comm.get_world_size()
+    if world > 1:
+        torch.distributed.all_reduce(count)
+    return count.clamp(min=1) / world
 
 
 def mask_loss(logits: Tensor, targets: Tensor, paying: Tensor) -> Tensor:
-    """Binary logistic loss of masks, mean over pixels and over the windows that pay (DeepMask, section 3.2).
+    """Binary logistic loss of masks, mean over pixels and over the windows of all processes that pay (DeepMask, section 3.2).
 
     With y = +-1 this is log(1 + exp(-y f)), the released soft margin loss.
 
@@ -24,21 +36,21 @@ def mask_loss(logits: Tensor, targets: Tensor, paying: Tensor) -> Tensor:
         paying: (N,) bool.
 
     Returns:
-        a scalar, 0 if no window pays.
+        a scalar, 0 if no window of this process pays.
     """
     losses = binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").mean(dim=(1, 2))
     return _mean_over(losses, paying)
 
 
 def score_loss(logits: Tensor, labels: Tensor, paying: Tensor) -> Tensor:
-    """Binary logistic loss of scores, mean over the windows that pay.
+    """Binary logistic loss of scores, mean over the windows of all processes that pay.
 
     Args:
         logits, labels: (N,), labels in {0, 1}.
         paying: (N,) bool.
 
     Returns:
-        a scalar, 0 if no window pays.
+        a scalar, 0 if no window of this process pays.
     """
     return _mean_over(binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none"), paying)
 
