@@ -61,7 +61,8 @@ def _work(rank: int, cfgs: list, folder: str) -> None:
 
 @pytest.fixture
 def cfgs(tiny_cfg):
-    """Of the network on a feature pyramid, which draws nothing as all of its windows learn; and of the one that learns from patches."""
+    """Of the network on a feature pyramid with either decoder, which draws nothing as all of its windows learn; and of the one that learns
+    from patches."""
     tiny_cfg.MODEL.SHARPMASK.WINDOW_SIZE = 64
     cfg = tiny_cfg.clone()
     cfg.MODEL.META_ARCHITECTURE = "SegmentProposalNetwork"
@@ -76,7 +77,12 @@ def cfgs(tiny_cfg):
     cfg.MODEL.SHARPMASK.GENERATOR.POSITIVE_FRACTION = 1.0
     cfg.MODEL.SHARPMASK.FPN.SCORE_CHANNELS = 8
     cfg.MODEL.SHARPMASK.FPN.QUALITY = True
-    return [cfg, tiny_cfg]
+    any_window = cfg.clone()
+    any_window.MODEL.SHARPMASK.FPN.DECODER = "windows"
+    # Without jitter every object has its canonical window, equally often where the number of windows is a multiple of the objects.
+    any_window.MODEL.SHARPMASK.FPN.MASK_JITTER_SHIFT = any_window.MODEL.SHARPMASK.FPN.MASK_JITTER_OCTAVES = 0.0
+    any_window.MODEL.SHARPMASK.FPN.MASK_WINDOWS_PER_IMAGE = 12
+    return [cfg, any_window, tiny_cfg]
 
 
 def test_two_processes_learn_what_one_learns_from_both_halves(cfgs, tmp_path):

@@ -56,8 +56,8 @@ def score_loss(logits: Tensor, labels: Tensor, paying: Tensor) -> Tensor:
 
 
 def quality_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logistic loss of scores weighed by the square of their error, over the sum of the targets (Generalized Focal Loss, arXiv 2006.04388,
-    section 3.2).
+    """Logistic loss of scores weighed by the square of their error, over the sum of the targets of all processes (Generalized Focal Loss,
+    arXiv 2006.04388, section 3.2).
 
     Args:
         logits: (N,).
@@ -69,11 +69,12 @@ def quality_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
     known = targets >= 0
     logits, targets = logits[known].float(), targets[known]
     losses = binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return (losses * (logits.sigmoid() - targets) ** 2).sum() / targets.sum().clamp(min=1)
+    return (losses * (logits.sigmoid() - targets) ** 2).sum() / _share(targets.sum())
 
 
 def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """One minus the dice coefficient of probabilities and targets (V-Net, arXiv 1606.04797, section 3), mean over windows.
+    """One minus the dice coefficient of probabilities and targets (V-Net, arXiv 1606.04797, section 3), mean over the windows of all
+    processes.
 
     Args:
         logits: (N, M, M).
@@ -86,7 +87,7 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
     common = (probabilities * targets).sum(dim=1)
     total = (probabilities**2).sum(dim=1) + (targets**2).sum(dim=1)
     # The one keeps a window without foreground from dividing by zero.
-    return (1 - (2 * common + 1) / (total + 1)).sum() / max(len(logits), 1)
+    return (1 - (2 * common + 1) / (total + 1)).sum() / _share(total.new_tensor(len(logits)))
 
 
 @torch.no_grad()
