@@ -187,8 +187,6 @@ def add_sharpmask_config(cfg: CN) -> None:
     _C.FPN.DECODER = "cells"
     # Of the decoder of windows: side of the window whose mask is decoded, in sides of the scored window.
     _C.FPN.MASK_WINDOW = 1.2
-    # How many masks at most are decoded a second time because their window cuts them, in the canonical window of the first mask's box.
-    _C.FPN.SECOND_LOOK = 0
     # Windows per image that learn a mask; their greatest shift, in sides of the window, and factor, in octaves.
     _C.FPN.MASK_WINDOWS_PER_IMAGE = 32
     _C.FPN.MASK_JITTER_SHIFT = 0.12

@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from sharpmask_d2.modeling.losses import dice_loss, quality_focal_loss
 from sharpmask_d2.modeling.pyramid_sampling import enlarged
-from sharpmask_d2.modeling.sampled_decoder import SampledDecoder, jittered_windows, tight_boxes, touches_inside
+from sharpmask_d2.modeling.sampled_decoder import SampledDecoder, jittered_windows
 from sharpmask_d2.modeling.windows import pyramid_sizes, square_windows
 
 STRIDES = [4, 8, 16, 32]
@@ -92,38 +92,6 @@ def test_square_windows_have_the_share_of_the_larger_side():
     boxes = torch.tensor([[10.0, 20, 30, 28], [0, 0, 4, 16]])
     expected = torch.tensor([[20 - 20, 24 - 20, 20 + 20, 24 + 20], [2 - 16, 8 - 16, 2 + 16, 8 + 16]]).float()
     torch.testing.assert_close(square_windows(boxes, 0.5), expected)
-
-
-def test_tight_boxes_against_loops():
-    draws = torch.Generator().manual_seed(0)
-    logits = torch.randn(6, 8, 8, generator=draws) - 2
-    logits[3] = -5
-    windows = torch.tensor([[16.0 * i, 8.0 * i, 16.0 * i + 32, 8.0 * i + 32] for i in range(6)])
-    boxes = tight_boxes(logits, windows, 0.0)
-    for logit, window, box in zip(logits, windows, boxes):
-        cells = [(y, x) for y in range(8) for x in range(8) if logit[y, x] > 0]
-        if not cells:
-            assert torch.equal(box, window)
-            continue
-        ys, xs = zip(*cells)
-        x0, y0 = window[:2].tolist()
-        assert box.tolist() == [x0 + 4 * min(xs), y0 + 4 * min(ys), x0 + 4 * (max(xs) + 1), y0 + 4 * (max(ys) + 1)]
-
-
-def test_masks_that_their_window_cuts_against_loops():
-    draws = torch.Generator().manual_seed(0)
-    logits = torch.randn(200, 4, 4, generator=draws) - 1.8
-    corners = torch.randint(-30, 90, (200, 2), generator=draws).float()
-    windows = torch.cat([corners, corners + torch.randint(8, 60, (200, 1), generator=draws)], dim=1)
-    touches = touches_inside(logits, windows, 0.0, (70, 100))
-    expected = []
-    for filled, (x0, y0, x1, y1) in zip(logits > 0, windows.tolist()):
-        cell = (x1 - x0) / 4
-        goes_on = x0 > cell, y0 > cell, x1 < 100 - cell, y1 < 70 - cell
-        sides = filled[:, 0], filled[0], filled[:, -1], filled[-1]
-        expected.append(any(more and bool(side.any()) for more, side in zip(goes_on, sides)))
-    assert touches.tolist() == expected
-    assert 20 < sum(expected) < 180
 
 
 def test_jittered_windows_stay_within_the_jitter_and_share_the_objects():
@@ -221,29 +189,6 @@ def test_an_image_without_objects_has_losses_that_are_attached(cfg):
         losses = model([inputs])
     assert losses["loss_sharpmask_mask"] == losses["loss_sharpmask_dice"] == 0
     sum(losses.values()).backward()
-
-
-def test_masks_that_are_cut_are_decoded_again_in_the_canonical_window_of_their_box(cfg):
-    cfg.MODEL.SHARPMASK.FPN.SECOND_LOOK = 12
-    # Every mask fills its window, so that all are cut where the image goes on, and none is empty.
-    cfg.MODEL.SHARPMASK.TEST.MASK_THRESHOLD = 0.001
-    model = build_model(cfg).eval()
-    generator = model.proposal_generator
-    with torch.no_grad():
-        pyramid, sizes = model.pyramid([example([(20, 20, 80, 70)])])
-        twice = generator.propose(pyramid, sizes)[0].proposal_masks.windows
-        generator.second_look = 0
-        (once,) = generator.propose(pyramid, sizes)
-    masks = once.proposal_masks
-    canonical = square_windows(tight_boxes(masks.logits, masks.windows, masks.threshold), generator.mask_share)
-    cut = touches_inside(masks.logits, masks.windows, masks.threshold, (128, 128))
-
-    def among(windows, others):
-        return (windows[:, None] - others).abs().amax(dim=2).amin(dim=1) < 1e-3
-
-    again = ~among(twice, masks.windows)
-    assert again.sum() == min(12, int(cut.sum()))
-    assert among(twice[again], canonical[cut]).all()
 
 
 def test_canonical_windows_are_those_that_scored_windows_are_enlarged_to(cfg):

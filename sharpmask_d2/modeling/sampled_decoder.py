@@ -92,50 +92,6 @@ def _skip_path(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), nn.ReLU(), nn.Conv2d(out_channels, out_channels, 1))
 
 
-def tight_boxes(logits: Tensor, windows: Tensor, threshold: float) -> tuple:
-    """Boxes of masks, as exact as their cells.
-
-    Args:
-        logits: (N, M, M).
-        windows: (N, 4) XYXY in the image, in pixels.
-        threshold: logit above which a cell is foreground.
-
-    Returns:
-        (N, 4) XYXY in the same frame, the window itself for a mask without foreground.
-    """
-    filled = logits > threshold
-    side = filled.shape[-1]
-    bounds = []
-    for dim in (1, 2):  # columns, rows
-        line = filled.any(dim=dim).to(torch.int8)
-        first, last = line.argmax(dim=1), side - line.flip(1).argmax(dim=1)
-        bounds.append(torch.stack([first, last], dim=1))
-    cells = torch.stack(bounds, dim=2).flatten(1) / side  # N x (x0, y0, x1, y1)
-    corners, sides = windows[:, :2].repeat(1, 2), (windows[:, 2:] - windows[:, :2]).repeat(1, 2)
-    boxes = corners + cells.to(windows.dtype) * sides
-    return torch.where(filled.flatten(1).any(dim=1)[:, None], boxes, windows)
-
-
-def touches_inside(logits: Tensor, windows: Tensor, threshold: float, image_size: tuple) -> Tensor:
-    """Which masks reach a side of their window beyond which the image goes on, so that the window may have cut an object.
-
-    Args:
-        logits: (N, M, M).
-        windows: (N, 4) XYXY in the image, in pixels.
-        threshold: logit above which a cell is foreground.
-        image_size: (height, width) in pixels.
-
-    Returns:
-        (N,) bool.
-    """
-    filled = logits > threshold
-    reached = torch.stack([filled[:, :, 0], filled[:, 0], filled[:, :, -1], filled[:, -1]], dim=1).any(dim=2)
-    height, width = image_size
-    cell = (windows[:, 2:3] - windows[:, :1]) / logits.shape[-1]
-    low, high = windows[:, :2] > cell, windows[:, 2:] < windows.new_tensor([width, height]) - cell
-    return (reached & torch.cat([low, high], dim=1)).any(dim=1)
-
-
 def jittered_windows(boxes: Tensor, *, count: int, share: float, shift: float, octaves: float) -> tuple:
     """Windows around objects, jittered continuously in place and size with torch's random numbers.
 

@@ -23,7 +23,7 @@ from ..losses import dice_loss, mask_iou, mask_loss, quality_focal_loss, score_l
 from ..pyramid_heads import WindowDecoder, WindowScores, coarser_levels
 from ..pyramid_sampling import PyramidSampler, WindowSample, enlarged
 from ..pyramid_windows import Cells, PyramidWindows, spread
-from ..sampled_decoder import SampledDecoder, jittered_windows, tight_boxes, touches_inside
+from ..sampled_decoder import SampledDecoder, jittered_windows
 from ..window_targets import mask_targets
 from ..windows import label_rule, pyramid_sizes, square_windows
 from .targets import LearntGenerator, aside, check_masks, log_windows
@@ -67,7 +67,6 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
         scores: WindowScores,
         decoder: nn.Module,
         mask_window: float,
-        second_look: int,
         mask_windows_per_image: int,
         mask_jitter: tuple,
         scale_prior: float,
@@ -91,8 +90,6 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
             scores: gives the scores of all windows.
             decoder: gives the masks of chosen windows: a `WindowDecoder`, of cells, or a `SampledDecoder`, of any windows.
             mask_window: side of the window whose mask is decoded, in sides of the window that is scored; read with a `SampledDecoder`.
-            second_look: how many masks, at most and those of highest score first, are decoded again because their window cuts them, in
-                the canonical window of the first mask's box.
             mask_windows_per_image: windows of an image that learn a mask.
             mask_jitter: shift and octaves of these windows, see `jittered_windows`.
             scale_prior: added to the score logits of windows, for every octave that they are larger than the smallest.
@@ -116,7 +113,7 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
         self.scores, self.decoder = scores, decoder
         if self.decodes_any_window:
             scores.start_rare()
-        self.mask_window, self.second_look = mask_window, second_look
+        self.mask_window = mask_window
         self.mask_windows_per_image, self.mask_jitter = mask_windows_per_image, mask_jitter
         self.scale_prior, self.num_proposals = scale_prior, num_proposals
         self.window_nms_thresh = window_nms_thresh
@@ -169,7 +166,6 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
             "scores": WindowScores(in_channels=channels, channels=fpn.SCORE_CHANNELS, window_cells=fpn.WINDOW_CELLS),
             "decoder": _build_decoder(cfg, channels),
             "mask_window": fpn.MASK_WINDOW,
-            "second_look": fpn.SECOND_LOOK,
             "mask_windows_per_image": fpn.MASK_WINDOWS_PER_IMAGE,
             "mask_jitter": (fpn.MASK_JITTER_SHIFT, fpn.MASK_JITTER_OCTAVES),
             "scale_prior": fpn.SCALE_PRIOR,
@@ -381,7 +377,8 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
         order = spread(windows, pyramid.scores[number, candidates], self.window_nms_thresh, self.num_proposals)
         if self.decodes_any_window:
             chosen, scores = windows[order], pyramid.scores[number, candidates[order]]
-            masks, windows = self._two_looks(number, chosen, scores, pyramid, table, image_size)
+            windows = square_windows(chosen, 1 / self.mask_window)
+            masks = self.decode(pyramid, torch.full_like(order, number), windows, table)
             return self._finished(scores, masks, windows, image_size, output_size)
         scores, cells = pyramid.scores[number, candidates[order]], self.geometry.cells(candidates[order], pyramid.sizes)
         by_kind = cells.kinds.argsort(stable=True)
@@ -399,21 +396,6 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
             # The logit of the product of both probabilities.
             scores = log_to_logit(F.logsigmoid(scores) + F.logsigmoid(torch.cat(quality).float()))
         return self._finished(scores, masks, windows, image_size, output_size)
-
-    def _two_looks(
-        self, number: int, windows: Tensor, scores: Tensor, pyramid: Pyramid, tables, pyramid_size: tuple
-    ) -> tuple:
-        """Masks (N, M, M) of an image's scored windows (N, 4), and the windows (N, 4) that they lie in."""
-        images = torch.full((len(windows),), number, device=windows.device)
-        windows = square_windows(windows, 1 / self.mask_window)
-        masks = self.decode(pyramid, images, windows, tables)
-        if self.second_look:
-            cut = touches_inside(masks, windows, self.mask_threshold, pyramid_size)
-            best = scores.masked_fill(~cut, -math.inf).topk(min(self.second_look, int(cut.sum()))).indices
-            boxes = tight_boxes(masks[best], windows[best], self.mask_threshold)
-            windows[best] = self.canonical_windows(boxes)
-            masks[best] = self.decode(pyramid, images[best], windows[best], tables)
-        return masks, windows
 
     def _finished(self, scores: Tensor, masks: Tensor, windows: Tensor, image_size: tuple, output_size: tuple):
         scores, order = scores.sort(descending=True)
