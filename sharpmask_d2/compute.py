@@ -1,7 +1,6 @@
 """Proposals of many images: what tools/compute_proposals.py does."""
 
 import contextlib
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from . import __version__, model_zoo
 from .caching import keep_between_images
 from .config import add_sharpmask_config
+from .data.coco import load_images
 from .failed_images import FailedImages
 from .fingerprint import config_settings, digest_file
 from .model_zoo import DEFAULT
@@ -91,16 +91,13 @@ def list_annotated(annotations: str, image_root: str) -> list:
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: not a COCO JSON.
+        AnnotationError: see `data.coco.load_images`.
     """
     for path in (annotations, image_root):
         if not Path(path).exists():
             raise FileNotFoundError(f"there is no {path}")
-    try:
-        images = json.loads(Path(annotations).read_text())["images"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{annotations} is not a COCO annotation file: {error!r}") from error
-    return [InputImage(image["id"], Path(image_root) / image["file_name"], image["file_name"], {}) for image in images]
+    images = load_images(annotations)
+    return [InputImage(image.id, Path(image_root) / image.file_name, image.file_name, {}) for image in images]
 
 
 def build_config(
@@ -122,7 +119,8 @@ def build_config(
     if config_file:
         cfg = get_cfg()
         add_sharpmask_config(cfg)
-        cfg.merge_from_file(config_file)
+        # Tags in a yaml file that run code are refused.
+        cfg.merge_from_file(config_file, allow_unsafe=False)
         cfg.MODEL.DEVICE = model_zoo.device()
     else:
         cfg = model_zoo.get(model)

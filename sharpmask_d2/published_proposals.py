@@ -19,15 +19,15 @@ from pycocotools import mask as mask_util
 from tqdm import tqdm
 
 from .checkpoint.torch7_reader import Table, read_torch7
+from .data.coco import AnnotationError, load_images
 from .fingerprint import digest_file
 from .outputs import check_outputs
 from .proposal_files import ProposalWriter
+from .structures.coco_masks import count_pixels
 
 # Characters of a JSON file that are read at a time.
 _PIECE = 1 << 24
 _SPACE = re.compile(r"[ \t\r\n]*")
-# Run lengths are 32-bit: seven digits of five bits.
-_MAX_DIGITS = 7
 
 
 def list_files(paths: list) -> list:
@@ -165,15 +165,11 @@ def _natural_order(path: Path) -> list:
 
 def _annotated_ids(annotations: str) -> dict:
     """File name without folders -> image id."""
-    try:
-        images = json.loads(Path(annotations).read_text())["images"]
-        pairs = [(PurePosixPath(image["file_name"]).name, image["id"]) for image in images]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{annotations} is not a COCO annotation file: {error!r}") from error
     image_ids = {}
-    for name, image_id in pairs:
+    for image_id, file_name in load_images(annotations):
+        name = PurePosixPath(file_name).name
         if image_ids.setdefault(name, image_id) != image_id:
-            raise ValueError(f"{annotations}: images {image_ids[name]} and {image_id} are both named {name}")
+            raise AnnotationError(f"{annotations}: images {image_ids[name]} and {image_id} are both named {name}")
     return image_ids
 
 
@@ -250,7 +246,12 @@ def _elements(path: Path) -> Iterator:
                 element, after = decoder.raw_decode(text, start)
                 after = _SPACE.match(text, after).end()
                 separator = text[after]
-            except (json.JSONDecodeError, IndexError) as error:
+            except RecursionError:
+                raise ValueError(f"{path} is not a JSON list of COCO results: it is nested too deeply") from None
+            except (ValueError, IndexError) as error:
+                if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+                    # A number of thousands of digits.
+                    raise ValueError(f"{path} is not a JSON list of COCO results: {error}") from error
                 # At the end of what was read so far, the element may go on.
                 more = file.read(_PIECE + len(text) - at)
                 if not more:
@@ -283,55 +284,13 @@ def _checked_rles(segmentations: list, where: str) -> list:
         if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
             raise ValueError(f"{where} has an RLE with size {size!r}, not height and width")
         rles.append({"size": size, "counts": counts})
-    bad = np.flatnonzero(_decoded_pixels([rle["counts"] for rle in rles]) != [math.prod(rle["size"]) for rle in rles])
+    bad = np.flatnonzero(count_pixels([rle["counts"] for rle in rles]) != [math.prod(rle["size"]) for rle in rles])
     if len(bad):
         rle = rles[bad[0]]
         raise ValueError(
             f"{where} has a broken RLE: counts {rle['counts'][:20]!r}... do not fill an image of {rle['size'][0]} x {rle['size'][1]} pixels"
         )
     return rles
-
-
-def _decoded_pixels(counts: list) -> np.ndarray:
-    """How many pixels RLEs run over, which pycocotools does not look at: it makes boxes of anything.
-
-    Args:
-        counts: N texts of at least one character.
-
-    Returns:
-        (N,) int64; -1 for text that is not RLE.
-    """
-    encoded = [text.encode("utf-8", "surrogatepass") for text in counts]
-    digits = np.frombuffer(b"".join(encoded), np.uint8) - np.uint8(48)
-    text_ends = np.cumsum([len(text) for text in encoded])
-    text_starts = np.concatenate([[0], text_ends[:-1]])
-    # A digit of 32 and more is followed by another one of the same number; below 48 comes round to above 63.
-    bad = (np.maximum.reduceat(digits, text_starts) > 63) | (digits[text_ends - 1] & 32 > 0)
-    last = np.flatnonzero(digits & 32 == 0)
-    # Where a text ends within a number, so that the next one starts in it, a number ends here anyway.
-    last = np.union1d(last, text_ends - 1) if bad.any() else last
-    first = np.concatenate([[0], last[:-1] + 1])
-    lengths = last - first + 1
-    numbers = (digits[first] & 31).astype(np.int64)
-    for k in range(1, min(lengths.max(), _MAX_DIGITS)):
-        longer = np.flatnonzero(lengths > k)
-        numbers[longer] += (digits[first[longer] + k] & 31).astype(np.int64) << (5 * k)
-    # Two's complement.
-    negative = np.flatnonzero(digits[last] & 16)
-    numbers[negative] -= np.int64(1) << (5 * np.minimum(lengths[negative], _MAX_DIGITS))
-    starts = np.searchsorted(first, text_starts)
-    per_text = np.diff(np.append(starts, len(first)))
-    index = np.arange(len(first)) - np.repeat(starts, per_text)
-    owner = np.repeat(np.arange(len(counts)), per_text)
-    # From the fourth on, a number is the difference from the one two before it.
-    for parity in (0, 1):
-        chain = np.flatnonzero((index % 2 == parity) & (index > 0))
-        sums = np.cumsum(numbers[chain])
-        begin = np.flatnonzero(np.diff(owner[chain], prepend=-1))
-        before = sums[begin] - numbers[chain[begin]]
-        numbers[chain] = sums - np.repeat(before, np.diff(np.append(begin, len(chain))))
-    bad |= (np.minimum.reduceat(numbers, starts) < 0) | (np.maximum.reduceat(lengths, starts) > _MAX_DIGITS)
-    return np.where(bad, -1, np.add.reduceat(numbers, starts))
 
 
 # ------------------------------------------------------------------ .t7

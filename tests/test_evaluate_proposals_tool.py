@@ -100,7 +100,7 @@ def test_pictures_show_the_best_and_the_worst(annotations, tmp_path, monkeypatch
     ("content", "message"),
     [
         ("[{", "proposals.json is not JSON"),
-        ('[{"image_id": 9, "score": 1, "bbox": [0, 0, 1, 1]}]', "image 9 of result 0 is not in the annotations"),
+        ('[{"image_id": 9, "score": 1, "bbox": [0, 0, 1, 1]}]', "image 9 of result 0 is not"),
         (None, "proposals.json"),
     ],
 )
@@ -112,6 +112,27 @@ def test_evaluate_proposals_ends_with_a_message(annotations, tmp_path, monkeypat
         run_tool(monkeypatch, "evaluate_proposals.py", "--annotations", annotations, "--proposals", proposals)
     assert ended.value.code == 1
     assert message in capsys.readouterr().err
+
+
+def test_evaluate_proposals_warns(annotations, tmp_path, monkeypatch, caplog):
+    proposals = tmp_path / "proposals.json"
+    proposals.write_text(json.dumps([{"image_id": 3, "score": 0.5, "bbox": [10, 20, 150, 31]}]))
+    run_tool(monkeypatch, "evaluate_proposals.py", "--annotations", annotations, "--proposals", proposals)
+    assert f"{proposals}: 1 of the 2 images of the annotations have no results" in caplog.text
+    assert "1 of 1 boxes reach beyond their images" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"images": [{"id": 1}]}', '{"images": [1]}', '{"images": 1}'])
+def test_selective_search_names_a_broken_annotation_file(tmp_path, monkeypatch, capsys, content):
+    monkeypatch.setattr(cv2, "ximgproc", None, raising=False)
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        run_tool(monkeypatch, "selective_search.py", *selective_search_arguments(annotations, tmp_path))
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith(str(annotations))
+    assert error.count("\n") == 1
 
 
 def test_write_json_leaves_the_old_file_when_it_fails(tmp_path):

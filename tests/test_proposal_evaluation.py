@@ -403,7 +403,7 @@ def test_json_errors_name_the_culprit(tmp_path):
     good = result(1, rle, 0.5)
     boxes_only = {key: value for key, value in good.items() if key != "segmentation"}
     for results, message in (
-        ([good, result(99, rle, 0.5)], "image 99 of result 1 is not in the annotations"),
+        ([result(99, rle, 0.5)], "none of its 1 images is in the annotations, image 99 of result 0 is not"),
         ([good, boxes_only], "only some results have a segmentation; result 1"),
         ([{"image_id": 1, "bbox": [0, 0, 1, 1]}], "result 0 has no score"),
         ([{"image_id": 1, "score": 1}], "result 0 has no bbox or segmentation"),
@@ -420,6 +420,82 @@ def test_json_errors_name_the_culprit(tmp_path):
     broken.write_text("[]")
     with pytest.raises(ValueError, match=r"broken\.json is not a COCO annotation file"):
         evaluate_proposal_json(broken, [])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bbox": [float("nan")] * 4}, r"has the bbox \[nan, nan, nan, nan\], not four finite numbers"),
+        ({"bbox": [10, 20, float("inf"), 5]}, "not four finite numbers"),
+        ({"bbox": [10, 20, -30, 5]}, r"has the bbox \[10, 20, -30, 5\], not four finite numbers"),
+        ({"bbox": [10, 20, 30]}, r"has the bbox \[10, 20, 30\]"),
+        ({"bbox": ["1", "2", "3", "4"]}, r"has the bbox \['1', '2', '3', '4'\]"),
+        ({"bbox": None}, "has the bbox None"),
+        ({"bbox": [1, 2, 3, 10**400]}, "has the bbox"),
+        ({"score": float("nan")}, "has the score nan, not a finite number"),
+        ({"score": "high"}, "has the score 'high'"),
+        ({"score": [0.5]}, r"has the score \[0\.5\]"),
+        (
+            {"segmentation": {"size": [HEIGHT, WIDTH], "counts": "%%%garbage"}},
+            "segmentation that is broken RLE: counts '%%%garbage'",
+        ),
+        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "PPPPo"}}, "segmentation that is broken RLE"),
+        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "0PPP0"}}, "segmentation that is broken RLE"),
+        (
+            {"segmentation": encode(np.ones((20, 30)))},
+            r"RLE of size \(height, width\) \(20, 30\), its image is of \(150, 190\)",
+        ),
+        ({"segmentation": [[10, 20, 1e9, 20, 60, 60]]}, "far outside of its image"),
+        ({"segmentation": "mask.png"}, "neither polygons nor RLE"),
+    ],
+)
+def test_broken_results_are_named(change, message):
+    rle = draw_ellipse(40, 50, 20, 25)
+    coco = load(as_dataset(2, [annotation(1, 2, rle)]))
+    good = result(2, rle, 0.5)
+    with pytest.raises(ValueError, match=f"proposals: result 2, of image 2, .*{message}") as raised:
+        evaluate_proposal_json(coco, [result(1, rle, 0.5), good, {**good, **change}, good])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("area", [float("nan"), -1, "12"])
+def test_an_area_that_is_none_does_not_drop_its_object(area):
+    rle = draw_ellipse(40, 50, 20, 25)
+    dataset = load(as_dataset(1, [annotation(7, 1, rle, area=area)]))
+    with pytest.raises(ValueError, match="annotation 7 of image 1: area is"):
+        evaluate_proposal_json(dataset, [result(1, rle, 0.5)])
+
+
+def test_what_is_strange_about_results_is_counted(caplog):
+    rle = draw_ellipse(40, 100, 20, 25)
+    dataset = as_dataset(5, [annotation(i, i, rle) for i in (1, 2, 3)] + [annotation(9, 3, rle)])
+    good, unknown = result(1, rle, 0.5), result(99, rle, 0.5)
+    x, y, w, h = good["bbox"]
+    shifted = {**good, "bbox": [x + 1, y - 1, w, h]}
+    corners = {**good, "bbox": [x, y, x + w, y + h]}
+    with caplog.at_level(logging.WARNING, logger=proposal_evaluation.__name__):
+        metrics = evaluate_proposal_json(load(dataset), [good, shifted, corners, corners, result(2, rle, 0.5), unknown])
+    assert metrics["segm"]["AR@10"] == metrics["bbox"]["AR@10"] == 50
+    assert [record.getMessage() for record in caplog.records] == [
+        "proposals: 1 of 6 results are left out: they are of 1 images that the annotations do not have, such as 99",
+        "proposals: 3 of the 5 images of the annotations have no results, such as 3; their 2 objects count as missed",
+        "proposals: 2 of 6 boxes do not fit their masks, such as that of result 2: are they x0, y0, x1, y1 instead of x, y, width, height?",
+        "proposals: 2 of 6 boxes reach beyond their images, such as that of result 2: are they x0, y0, x1, y1 instead of x, y, width, "
+        "height?",
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger=proposal_evaluation.__name__):
+        evaluate_proposal_json(load(dataset), [result(i, rle, 0.5) for i in range(1, 6)])
+    assert not caplog.records
+
+
+def test_accumulator_refuses_boxes_that_are_not_finite():
+    boxes = np.array([[0.0, 0, 10, 10], [0, np.nan, 10, 10], [0, 0, np.inf, 10]])
+    truth = GroundTruth(boxes[:1], np.array([100.0]), np.array([False]))
+    for number in (1, 2):
+        proposals = np.concatenate([boxes[[0] * number], boxes[[number]]])
+        with pytest.raises(ValueError, match=f"image 7: the box of proposal {number} is "):
+            RecallAccumulator().add(7, truth, proposals, np.arange(number + 1))
 
 
 def test_table_shows_the_figures():

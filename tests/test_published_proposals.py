@@ -21,6 +21,7 @@ from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
 from sharpmask_d2 import published_proposals
 from sharpmask_d2.published_proposals import convert_proposals, list_files, read_proposals
+from sharpmask_d2.structures.coco_masks import count_pixels
 from torch7_writer import dumps
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "convert_proposals.py"
@@ -206,12 +207,12 @@ def test_run_lengths_are_decoded_as_pycocotools_encodes_them():
     masks = [rng.random((h, w)) < p for h, w, p in [(1, 1, 0), (1, 1, 2), (30, 41, 0.5), (700, 900, 1e-4), (3, 2, 0.5)]]
     counts = [_rle(mask)["counts"] for mask in masks]
     expected = [mask.size for mask in masks]
-    np.testing.assert_array_equal(published_proposals._decoded_pixels(counts), expected)
+    np.testing.assert_array_equal(count_pixels(counts), expected)
     # Every text alone gives what it gives beside others, and a broken one does not disturb its neighbours.
     for text, size in zip(counts, expected):
-        assert published_proposals._decoded_pixels([text]) == [size]
+        assert count_pixels([text]) == [size]
         for broken in ("o", "2O", "é", "\ud800", " ", "0" * 3 + "o", "P" * 9 + "0"):
-            assert published_proposals._decoded_pixels([text, broken, text]).tolist() == [size, -1, size]
+            assert count_pixels([text, broken, text]).tolist() == [size, -1, size]
 
 
 # ------------------------------------------------------------------ runs that stop
@@ -279,6 +280,8 @@ def _with(segmentation: dict, **changes) -> dict:
         (WHOLE + "x", f"the list ends at character {len(WHOLE)}, but not the file"),
         ("[] []", "the list ends at character 2, but not the file"),
         (WHOLE[:-1] + " " + WHOLE[1:], rf"'{{' instead of ',' or '\]' at character {len(WHOLE)}"),
+        ("[" * 100_000, "is nested too deeply"),
+        ("[" + "1" * 5000 + "]", "is not a JSON list of COCO results: Exceeds"),
         ([_box(8), 3], "result 1 is not a COCO result but '3'"),
         ([_box(None)], "result 0 has no image_id"),
         ([{"score": 1, "bbox": [0, 0, 1, 1]}], "result 0 has no image_id"),
@@ -396,9 +399,9 @@ def test_wrong_inputs_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("annotations", "message"),
     [
-        ("[1, 2", r"instances\.json is not a COCO annotation file"),
+        ("[1, 2", r"instances\.json is not JSON: .* a COCO annotation file is expected"),
         ("[1, 2]", r"instances\.json is not a COCO annotation file"),
-        ({"images": [{"id": 1}]}, r"instances\.json is not a COCO annotation file: KeyError\('file_name'\)"),
+        ({"images": [{"id": 1}]}, r"instances\.json: image 1 .* has no file_name"),
         ({"images": [{"id": 1, "file_name": "1.jpg"}]}, r"val\.t7: image COCO_.*139\.jpg is not in the annotations"),
         (
             {"images": [{"id": 1, "file_name": "a/1.jpg"}, {"id": 2, "file_name": "b/1.jpg"}]},

@@ -2,6 +2,7 @@
 """Recall of class-agnostic proposals: AR at 10, 100 and 1000, AUC, by object size and by IoU, of masks and boxes."""
 
 import argparse
+import logging
 from pathlib import Path
 
 from sharpmask_d2.evaluation.proposal_evaluation import (
@@ -26,6 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.pictures and not args.image_root:
         parser.error("--pictures needs --image-root")
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         coco = load_annotations(args.annotations)
         check_outputs(

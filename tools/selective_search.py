@@ -6,11 +6,11 @@ opencv-contrib.
 """
 
 import argparse
-import json
 import os
 import time
 
 import cv2
+from sharpmask_d2.data.coco import load_images
 from sharpmask_d2.evaluation.proposal_evaluation import write_json
 from sharpmask_d2.failed_images import FailedImages
 from sharpmask_d2.outputs import OutputError, check_outputs
@@ -54,11 +54,10 @@ def main() -> None:
     cv2.setNumThreads(args.num_threads)
 
     try:
-        with open(args.annotations) as file:
-            images = json.load(file)["images"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        parser.exit(1, f"{args.annotations} is not a COCO annotation file: {error!r}\n")
-    paths = [os.path.join(args.image_root, record["file_name"]) for record in images]
+        images = load_images(args.annotations)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
+    paths = [os.path.join(args.image_root, record.file_name) for record in images]
     try:
         check_outputs({"--output": args.output}, inputs=[args.annotations], images=paths)
     except OutputError as error:
@@ -68,7 +67,7 @@ def main() -> None:
     failed = FailedImages()
     for done, (record, path) in enumerate(zip(images, paths), start=1):
         boxes = []
-        with failed.named(record["id"], path):
+        with failed.named(record.id, path):
             image = cv2.imread(path)
             if image is None:
                 raise ValueError("it is missing, or no image that OpenCV reads")
@@ -77,7 +76,7 @@ def main() -> None:
             seconds += time.perf_counter() - started
         results.extend(
             {
-                "image_id": record["id"],
+                "image_id": record.id,
                 "category_id": 1,
                 "bbox": box.tolist(),
                 # Selective Search gives an order only; the first box scores 1, the last possible one just above 0.

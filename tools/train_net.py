@@ -54,7 +54,8 @@ def main(args: argparse.Namespace):
     register_datasets(args.dataset)
     cfg = get_cfg()
     sharpmask_d2.add_sharpmask_config(cfg)
-    cfg.merge_from_file(args.config_file)
+    # Tags in a yaml file that run code are refused.
+    cfg.merge_from_file(args.config_file, allow_unsafe=False)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     cfg.merge_from_list(args.opts)

@@ -2,9 +2,11 @@
 
 import argparse
 import os
+from functools import partial
 
-from detectron2.data import DatasetCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from .coco import load_records
 
 
 def add_dataset_option(parser: argparse.ArgumentParser) -> None:
@@ -34,4 +36,6 @@ def register_datasets(datasets: list) -> None:
         if not os.path.isdir(image_root):
             raise FileNotFoundError(f"dataset {name}: there is no image folder {image_root}")
         if name not in DatasetCatalog:
-            register_coco_instances(name, {}, json_file, image_root)
+            # As Detectron2's register_coco_instances, but with annotations that are checked when they are read.
+            DatasetCatalog.register(name, partial(load_records, json_file, image_root, name))
+            MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")

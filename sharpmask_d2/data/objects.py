@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as mask_util
 
+from ..structures.coco_masks import MaskError, check_masks, to_rle, whole_polygons
+
 
 class ImageObjects(NamedTuple):
     """Objects of an image, crowds left out.
@@ -33,20 +35,22 @@ def read_objects(dataset_dict: dict, *, min_area: float, min_side: float) -> Ima
         min_side: smallest side of its box.
 
     Raises:
-        ValueError: an object without a mask or with nothing but degenerate polygons; the message names the image.
+        ValueError: an object without a mask, with a broken one or with nothing but degenerate polygons; the message names the image.
     """
     from detectron2.structures import BoxMode
 
-    boxes, segmentations, categories, crowd_boxes = [], [], [], []
+    boxes, segmentations, numbers, categories, crowd_boxes = [], [], [], [], []
     for number, annotation in enumerate(dataset_dict.get("annotations", ())):
         box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         if annotation.get("iscrowd", 0):
             crowd_boxes.append(box)
             continue
         boxes.append(box)
-        segmentations.append(_check_segmentation(annotation.get("segmentation"), dataset_dict, number))
+        segmentations.append(annotation.get("segmentation"))
+        numbers.append(number)
         categories.append(annotation["category_id"])
     boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
+    segmentations = _checked_masks(segmentations, numbers, dataset_dict)
     return ImageObjects(
         boxes=boxes,
         segmentations=segmentations,
@@ -71,18 +75,29 @@ def _mask_area(segmentation) -> float:
     return sum(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2 for x, y in corners)
 
 
-def _check_segmentation(segmentation, dataset_dict: dict, number: int):
-    where = f"annotation {number} of image {dataset_dict.get('image_id')} ({dataset_dict.get('file_name')})"
-    if isinstance(segmentation, list):
-        polygons = [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
-        if polygons:
-            return polygons
-        raise ValueError(f"{where} has no polygon with three points or more: remove it or give it a mask")
-    if not segmentation:
-        raise ValueError(f"{where} has no segmentation: SharpMask is trained on masks, leave boxes without masks out")
-    if isinstance(segmentation["counts"], list):
-        return mask_util.frPyObjects(segmentation, *segmentation["size"])
-    return segmentation
+def _checked_masks(segmentations: list, numbers: list, dataset_dict: dict) -> list:
+    """Segmentations of an image as `render_mask` takes them; `numbers` are those of their annotations."""
+
+    def where(index: int) -> str:
+        return f"annotation {numbers[index]} of image {dataset_dict.get('image_id')} ({dataset_dict.get('file_name')})"
+
+    for index, segmentation in enumerate(segmentations):
+        if not segmentation and not isinstance(segmentation, list):
+            raise ValueError(
+                f"{where(index)} has no segmentation: SharpMask is trained on masks, leave boxes without masks out"
+            )
+    size = (dataset_dict["height"], dataset_dict["width"]) if {"height", "width"} <= dataset_dict.keys() else None
+    try:
+        check_masks(segmentations, [size] * len(segmentations))
+    except MaskError as error:
+        raise ValueError(f"{where(error.index)} has a segmentation that {error}: mend or remove it") from None
+    masks = []
+    for index, segmentation in enumerate(segmentations):
+        mask = whole_polygons(segmentation) if isinstance(segmentation, list) else to_rle(segmentation, size)
+        if not mask:
+            raise ValueError(f"{where(index)} has no polygon with three points or more: remove it or give it a mask")
+        masks.append(mask)
+    return masks
 
 
 def render_mask(segmentation, region: tuple, size: int) -> np.ndarray:

@@ -24,6 +24,7 @@ from torchvision.ops import roi_align
 
 from ..proposal_files import count_rles, split_rles
 from ..structures import WindowMasks
+from ..structures.coco_masks import MaskError, check_masks
 from .resumable import ResumableLoader, build_resumable_train_loader
 
 MASK_SIDE = 56
@@ -158,8 +159,8 @@ def load_proposal_masks(dataset_dicts: list, proposal_file: str) -> list:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not such a pickle, lacks an image, has boxes, scores and masks of different number, or masks of another
-            size than the image.
+        ValueError: the file is not such a pickle, lacks an image, has boxes, scores and masks of different number, masks that are broken,
+            or of another size than the image.
     """
     content, rows = _read(proposal_file)
     if "masks" not in content:
@@ -187,6 +188,12 @@ def load_proposal_masks(dataset_dicts: list, proposal_file: str) -> list:
                     f"{proposal_file}: the masks of image {image_id} are of size {size} (height, width), the image of "
                     f"{image_size}: is it the file of another dataset? {_COMPUTE}"
                 )
+        try:
+            check_masks(split_rles(joined), [None] * counts["masks"])
+        except MaskError as error:
+            raise ValueError(
+                f"{proposal_file}: mask {error.index} of image {image_id} {error}: {_COMPUTE} again"
+            ) from None
         # The same sort as Detectron2's, so that equal scores come in the same order.
         record["proposal_masks"] = {**joined, "order": scores.argsort()[::-1]}
     return dataset_dicts

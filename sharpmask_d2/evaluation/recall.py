@@ -120,8 +120,8 @@ class RecallAccumulator:
             scores: D; of equal scores the first goes first.
 
         Raises:
-            ValueError: numbers of proposals and scores differ, a score is nan, or a mask is not of the size of the
-                ground truth's masks.
+            ValueError: numbers of proposals and scores differ, a score is nan, a box is not finite, or a mask is not of the size
+                of the ground truth's masks.
         """
         scores = np.asarray(scores, dtype=np.float64)
         if len(proposals) != len(scores):
@@ -131,6 +131,7 @@ class RecallAccumulator:
         order = np.argsort(-scores, kind="stable")[: self.max_proposals]
         if isinstance(proposals, np.ndarray):
             proposals = proposals[order]
+            _check_boxes(image_id, proposals, order)
         else:
             proposals = [proposals[i] for i in order]
             _check_mask_sizes(image_id, ground_truth.regions, proposals)
@@ -204,6 +205,13 @@ class RecallAccumulator:
         index = list(AREA_RANGES).index(area)
         ranks = [image.ranks[index][:, image.counted[index]] for image in self.images.values()]
         return np.concatenate([np.empty((len(IOU_THRESHOLDS), 0), dtype=np.int32)] + ranks, axis=1)
+
+
+def _check_boxes(image_id: Hashable, boxes: np.ndarray, numbers: np.ndarray) -> None:
+    """pycocotools gives a box that is not finite an IoU that no threshold turns away."""
+    bad = np.flatnonzero(~np.isfinite(boxes).all(axis=1))
+    if len(bad):
+        raise ValueError(f"image {image_id}: the box of proposal {numbers[bad[0]]} is {boxes[bad[0]].tolist()}")
 
 
 def _check_mask_sizes(image_id: Hashable, gts: list, proposals: list) -> None:

@@ -13,6 +13,7 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
 from ..failed_images import FailedImages
+from ..structures.coco_masks import to_rle
 from .overlay import draw_masks
 from .pictures import write_picture
 
@@ -31,8 +32,8 @@ def rank_images(coco: COCO, results: list, *, num_proposals: int = 100) -> list:
     """Images by the mean best overlap of their objects' masks, crowds left out, highest first.
 
     Args:
-        coco: annotations.
-        results: COCO results with segmentations.
+        coco: annotations that `data.coco.check_annotations` has passed.
+        results: COCO results with segmentations that `evaluation.proposal_evaluation.check_results` has passed.
         num_proposals: how many of an image's best proposals count.
 
     Returns:
@@ -43,11 +44,12 @@ def rank_images(coco: COCO, results: list, *, num_proposals: int = 100) -> list:
         by_image[result["image_id"]].append(result)
     ranked = []
     for image_id in coco.getImgIds():
-        objects = [coco.annToRLE(a) for a in coco.imgToAnns[image_id] if not a.get("iscrowd", 0)]
+        size = coco.imgs[image_id].get("height"), coco.imgs[image_id].get("width")
+        objects = [to_rle(a["segmentation"], size) for a in coco.imgToAnns[image_id] if not a.get("iscrowd", 0)]
         if not objects:
             continue
         best = sorted(by_image[image_id], key=lambda result: -result["score"])[:num_proposals]
-        proposals = [coco.annToRLE(result) for result in best]
+        proposals = [to_rle(result["segmentation"], size) for result in best]
         ious = np.zeros((1, len(objects)))
         if proposals:
             ious = mask_util.iou(proposals, objects, [0] * len(objects))  # D x G
@@ -63,8 +65,7 @@ def write_extremes(
     """Write pictures of the best and the worst images: their objects left, the best of 100 proposals for each right.
 
     Args:
-        coco: annotations.
-        results: COCO results with segmentations.
+        coco, results: see `rank_images`.
         image_root: folder of the images.
         folder: to write to; best_1.jpg is the best, worst_1.jpg the worst.
         failed: names the images that cannot be read or drawn, and counts them; the others have their pictures.

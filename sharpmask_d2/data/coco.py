@@ -1,0 +1,260 @@
+"""COCO annotation files, read and checked: every tool that is given one reads it here."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import reprlib
+from collections.abc import Iterable
+from typing import NamedTuple, Optional, Union
+
+from detectron2.data.datasets import load_coco_json
+from detectron2.utils.file_io import PathManager
+from pycocotools.coco import COCO
+
+from ..structures.coco_masks import MaskError, check_masks
+
+# Beyond this COCO's evaluation counts an object in no range of sizes.
+_MAX_AREA = 1e10
+_MAX_COORDINATE = 1e10
+_MEND = "correct the annotation or remove it"
+
+
+class AnnotationError(ValueError):
+    """A COCO annotation file that cannot be used.
+
+    The message is one line: the file, the image or annotation, the field that is wrong, and what to do.
+    """
+
+
+class ListedImage(NamedTuple):
+    """An image as an annotation file lists it: its id, a whole number or text, and the path of its file below the folder of images."""
+
+    id: Union[int, str]
+    file_name: str
+
+
+def load_json(path: Union[str, os.PathLike]):
+    """The content of a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not JSON; the message names it.
+    """
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            return json.load(file)
+        except RecursionError:
+            raise ValueError(f"{os.fspath(path)} is not JSON of any use here: it is nested too deeply") from None
+        # Also what is not text, and a number of thousands of digits.
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from error
+
+
+def load_images(path: Union[str, os.PathLike]) -> list[ListedImage]:
+    """The images that a COCO annotation file lists, in its order; its annotations are not looked at.
+
+    Raises:
+        FileNotFoundError: no such file.
+        AnnotationError: the file is no COCO annotation file, or an image has no id, no file_name, or the id of another one.
+    """
+    source = os.fspath(path)
+    content = _load(source)
+    _check_images(content, source)
+    for number, image in enumerate(content["images"]):
+        name = image.get("file_name")
+        if not isinstance(name, str) or not name:
+            found = f"file_name {reprlib.repr(name)}, not text" if "file_name" in image else "no file_name"
+            raise AnnotationError(
+                f"{source}: image {image['id']} (number {number} in the list) has {found}: name its file"
+            )
+    return [ListedImage(image["id"], image["file_name"]) for image in content["images"]]
+
+
+def load_annotations(path: Union[str, os.PathLike]) -> COCO:
+    """A COCO annotation file as pycocotools has it, with all that is there checked: see `check_annotations`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        AnnotationError: the file is no COCO annotation file, or something in it is broken.
+    """
+    source = os.fspath(path)
+    content = _load(source)
+    check_annotations(content, source)
+    coco = COCO()
+    coco.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        coco.createIndex()
+    return coco
+
+
+def load_records(json_file: str, image_root: str, name: Optional[str] = None) -> list[dict]:
+    """Detectron2's `load_coco_json` with its arguments, whose annotations are checked and whose errors say what is wrong with the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        AnnotationError: see `load_annotations`, or whatever else Detectron2 does not take.
+    """
+    source = PathManager.get_local_path(json_file)
+    try:
+        records = load_coco_json(json_file, image_root, name)
+    except OSError:
+        raise
+    except Exception as error:
+        # Reading once more costs what only a broken file has to pay.
+        content = load_annotations(source).dataset
+        if not content.get("categories"):
+            raise AnnotationError(
+                f"{source} has no categories: training needs a list of their ids and names"
+            ) from error
+        for image in content["images"]:
+            if missing := [key for key in ("file_name", "height", "width") if image.get(key) is None]:
+                raise AnnotationError(
+                    f"{source}: image {image['id']} has no {missing[0]}: training needs it"
+                ) from error
+        raise AnnotationError(f"{source}: Detectron2 cannot read it: {type(error).__name__}: {error}") from error
+    _check_objects(
+        (
+            (
+                annotation,
+                f"{source}: annotation {number} of image {record['image_id']}",
+                (record["height"], record["width"]),
+            )
+            for record in records
+            for number, annotation in enumerate(record["annotations"])
+        ),
+        needed=("bbox", "category_id"),
+    )
+    return records
+
+
+def check_annotations(content: dict, source: str) -> None:
+    """Check what a COCO annotation file holds: what is there has to be of the right type and to make sense; fields may be missing.
+
+    Args:
+        content: of the file.
+        source: what messages call it.
+
+    Raises:
+        AnnotationError: the first fault. Annotations of images that are not listed are not looked at, and their number is logged.
+    """
+    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
+        raise AnnotationError(f"{source} is not a COCO annotation file: 'images' and 'annotations' are expected")
+    _check_images(content, source)
+    sizes = {}
+    for image in content["images"]:
+        size = [image.get(side) for side in ("height", "width")]
+        if size != [None, None] and not all(type(n) is int and n > 0 for n in size):
+            raise AnnotationError(
+                f"{source}: image {image['id']} has height, width {reprlib.repr(size)}: whole numbers of pixels are expected"
+            )
+        sizes[image["id"]] = None if size == [None, None] else tuple(size)
+    keys = ("id", "image_id")
+    if "categories" in content:
+        # pycocotools sorts by it.
+        keys += ("category_id",)
+        for number, category in enumerate(_list_of_dicts(content, "categories", source)):
+            if not _is_id(category.get("id")):
+                raise AnnotationError(
+                    f"{source}: category number {number} of the list has no id that is a whole number"
+                )
+    objects, unlisted = [], 0
+    for number, annotation in enumerate(_list_of_dicts(content, "annotations", source)):
+        for key in keys:
+            if not _is_id(annotation.get(key)):
+                found = (
+                    f"{key} {reprlib.repr(annotation[key])}, not a whole number or text"
+                    if key in annotation
+                    else f"no {key}"
+                )
+                raise AnnotationError(f"{source}: annotation number {number} of the list has {found}: {_MEND}")
+        if annotation["image_id"] in sizes:
+            where = f"{source}: annotation {annotation['id']} of image {annotation['image_id']}"
+            objects.append((annotation, where, sizes[annotation["image_id"]]))
+        else:
+            unlisted += 1
+    _check_objects(objects)
+    if unlisted:
+        logging.getLogger(__name__).warning(
+            f"{source}: {unlisted} of {len(content['annotations'])} annotations are of images that it does not list; they are left out"
+        )
+
+
+def _load(source: str):
+    try:
+        return load_json(source)
+    except ValueError as error:
+        raise AnnotationError(f"{error}; a COCO annotation file is expected") from error
+
+
+def _check_images(content, source: str) -> None:
+    if not isinstance(content, dict) or "images" not in content:
+        raise AnnotationError(f"{source} is not a COCO annotation file: it has no 'images'")
+    seen = set()
+    for number, image in enumerate(_list_of_dicts(content, "images", source)):
+        image_id = image.get("id")
+        if not _is_id(image_id):
+            found = f"id {reprlib.repr(image_id)}, not a whole number or text" if "id" in image else "no id"
+            raise AnnotationError(f"{source}: image number {number} of the list has {found}: give it one")
+        if image_id in seen:
+            raise AnnotationError(f"{source}: two images have the id {image_id}: give every image one of its own")
+        seen.add(image_id)
+
+
+def _list_of_dicts(content: dict, key: str, source: str) -> list:
+    values = content[key]
+    if not isinstance(values, list):
+        raise AnnotationError(f"{source} is not a COCO annotation file: {key!r} is no list")
+    for number, value in enumerate(values):
+        if not isinstance(value, dict):
+            raise AnnotationError(
+                f"{source} is not a COCO annotation file: entry {number} of {key!r} is {reprlib.repr(value)}"
+            )
+    return values
+
+
+def _is_id(value) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _check_objects(objects: Iterable, *, needed: tuple = ()) -> None:
+    """Check annotations: (annotation, what messages call it, (height, width) of its image or None) each."""
+    masks, places, sizes = [], [], []
+    for annotation, where, size in objects:
+        for key, (is_right, expected) in _CHECKS.items():
+            value = annotation.get(key)
+            if value is None or (isinstance(value, list) and not value):
+                if key in needed:
+                    raise AnnotationError(f"{where} has no {key}: {_MEND}")
+            elif not is_right(value):
+                raise AnnotationError(f"{where}: {key} is {reprlib.repr(value)}: {expected}; {_MEND}")
+        mask = annotation.get("segmentation")
+        if mask is not None and not (isinstance(mask, list) and not mask):
+            masks.append(mask)
+            places.append(where)
+            sizes.append(size)
+    try:
+        check_masks(masks, sizes)
+    except MaskError as error:
+        raise AnnotationError(f"{places[error.index]}: segmentation {error}; {_MEND}") from None
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and -_MAX_COORDINATE < value < _MAX_COORDINATE
+
+
+def _is_box(value) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 4 and all(map(_is_number, value)) and min(value[2:]) >= 0
+
+
+# What a field has to be, and how to say so.
+_CHECKS = {
+    "bbox": (_is_box, "four finite numbers are expected: x, y, width and height, the last two not negative"),
+    "area": (
+        lambda value: isinstance(value, (int, float)) and 0 <= value <= _MAX_AREA,
+        f"a number of square pixels from 0 to {_MAX_AREA:g} is expected",
+    ),
+    "iscrowd": (lambda value: isinstance(value, (int, float)) and value in (0, 1), "0 or 1 is expected"),
+    "category_id": (lambda value: type(value) is int, "a whole number is expected"),
+}

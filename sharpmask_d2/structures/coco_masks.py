@@ -1,0 +1,239 @@
+"""Masks in COCO's formats that come from outside, checked before pycocotools gets them.
+
+pycocotools takes lengths and coordinates as they are: RLE that ends too early or goes on too long keeps it busy for ever, and polygons far
+outside of an image end the process.
+
+Shape letters: N RLEs, B characters and C counts of all of them together (a count is the length of a run of equal pixels).
+"""
+
+import math
+import reprlib
+from collections.abc import Sequence
+from typing import Optional, Union
+
+import numpy as np
+from pycocotools import mask as mask_util
+
+# Run lengths are 32-bit: seven digits of five bits.
+_MAX_DIGITS = 7
+_MAX_COUNT = 2**32 - 1
+_ALPHABET = bytes(range(48, 112))
+# Characters decoded at once: what a CPU's cache holds.
+_CHUNK = 2**16
+
+# How far outside of an image polygons may reach, in its longer sides.
+_MAX_DISTANCE = 10
+# For images whose size is not known.
+_LARGE_SIZE = (10_000, 10_000)
+
+
+class MaskError(ValueError):
+    """A mask that is not what COCO's formats allow. The message is the reason alone: the caller knows the file and the image.
+
+    Attributes:
+        index: which of the masks that were given.
+    """
+
+    def __init__(self, reason: str, index: int = 0):
+        super().__init__(reason)
+        self.index = index
+
+
+def check_masks(segmentations: Sequence, image_sizes: Sequence) -> None:
+    """Check masks of one or of many images; nothing is decoded.
+
+    Args:
+        segmentations: masks in any of COCO's formats: lists of polygons (x0, y0, x1, y1, ...), dicts of size and counts.
+        image_sizes: (height, width) of the image of each, or None where it is not known.
+
+    Raises:
+        MaskError: the first of those that pycocotools must not get.
+    """
+    compressed = []
+    for index, (segmentation, image_size) in enumerate(zip(segmentations, image_sizes)):
+        if isinstance(segmentation, dict):
+            reason = _fault_of_rle(segmentation, image_size)
+            if not reason and not isinstance(segmentation["counts"], list):
+                compressed.append(index)
+        elif isinstance(segmentation, (list, tuple)):
+            reason = _fault_of_polygons(segmentation, image_size or _LARGE_SIZE)
+        else:
+            reason = f"is {_shown(segmentation)}, neither polygons nor RLE"
+        if reason:
+            raise MaskError(reason, index)
+    if not compressed:
+        return
+    pixels = count_pixels([segmentations[i]["counts"] for i in compressed])
+    expected = [math.prod(segmentations[i]["size"]) for i in compressed]
+    if len(wrong := np.flatnonzero(pixels != expected)):
+        index, found = compressed[wrong[0]], int(pixels[wrong[0]])
+        raise MaskError(_fault_of_length(segmentations[index], found), index)
+
+
+def to_rle(segmentation: Union[list, dict], image_size: tuple) -> dict:
+    """The compressed RLE of a mask that `check_masks` has passed.
+
+    Args:
+        segmentation: polygons or RLE. Polygons of fewer than three points are left out.
+        image_size: (height, width).
+
+    Raises:
+        MaskError: there is no polygon of three points or more.
+    """
+    if isinstance(segmentation, dict):
+        if isinstance(segmentation["counts"], list):
+            return mask_util.frPyObjects(segmentation, *segmentation["size"])
+        return segmentation
+    polygons = whole_polygons(segmentation)
+    if not polygons:
+        raise MaskError("has no polygon with three points or more: remove it or give it a mask")
+    return mask_util.merge(mask_util.frPyObjects(polygons, *image_size))
+
+
+def whole_polygons(polygons: list) -> list:
+    """The polygons that have three points or more, and a y to every x."""
+    return [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
+
+
+def count_pixels(counts: list) -> np.ndarray:
+    """How many pixels RLEs run over.
+
+    Args:
+        counts: N texts, of str or bytes.
+
+    Returns:
+        (N,) int64; -1 for text that is not RLE.
+    """
+    # What is no character of RLE stays none: pycocotools' are a part of ASCII.
+    texts = [text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text for text in counts]
+    joined = b"".join(texts)
+    good = range(len(texts))
+    if joined.translate(None, _ALPHABET) or not all(texts):
+        good = [i for i in good if texts[i] and not texts[i].translate(None, _ALPHABET)]
+        texts = [texts[i] for i in good]
+        joined = b"".join(texts)
+    pixels = np.full(len(counts), -1, dtype=np.int64)
+    if not texts:
+        return pixels
+    digits = np.frombuffer(joined, np.uint8) - np.uint8(48)
+    ends = np.cumsum([len(text) for text in texts])
+    # A digit of 32 and more is followed by another one of the same number.
+    whole = np.flatnonzero(digits[ends - 1] < 32)
+    if len(whole) < len(texts):
+        good = [good[i] for i in whole]
+        pixels[good] = count_pixels([counts[i] for i in good])
+        return pixels
+    found, begin = [], 0
+    while begin < len(ends):
+        start = ends[begin - 1] if begin else 0
+        end = max(int(np.searchsorted(ends, start + _CHUNK, side="right")), begin + 1)
+        found.append(_count(digits[start : ends[end - 1]], ends[begin:end] - start))
+        begin = end
+    pixels[good] = np.concatenate(found)
+    return pixels
+
+
+def _count(digits: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """`count_pixels` of digits (B,) uint8 of whole numbers, the digits of each text up to `ends` (N,)."""
+    last = np.flatnonzero(digits < 32)
+    # The fifth bit of the last digit is the sign.
+    numbers = ((digits[last] ^ 16).view(np.int8) - np.int8(16)).astype(np.int64)
+    lengths = np.diff(last, prepend=-1)
+    # Digits before the last one, from the highest to the lowest.
+    longer = np.flatnonzero(lengths > 1)
+    place, left = last[longer], lengths[longer] - 1
+    most = int(left.max(initial=0))
+    for _ in range(min(most, _MAX_DIGITS - 1)):
+        place = place - 1
+        numbers[longer] = (numbers[longer] << 5) | (digits[place] & 31)
+        left = left - 1
+        more = np.flatnonzero(left)
+        longer, place, left = longer[more], place[more], left[more]
+    # (N,): where in C the numbers of each text end and start.
+    stops = np.searchsorted(last, ends)
+    starts = np.concatenate([[0], stops[:-1]])
+    pixels = numbers[starts]
+    bad = pixels < 0
+    if most >= _MAX_DIGITS:
+        bad |= np.maximum.reduceat(lengths, starts) > _MAX_DIGITS
+    # From the fourth on, a number is the difference from the one two before it: so are these two chains of sums, but for the first number.
+    numbers[starts] = 0
+    for parity in (0, 1):
+        sums = np.cumsum(numbers[parity::2])
+        begin, end = (starts + 1 - parity) // 2, (stops + 1 - parity) // 2
+        some = np.flatnonzero(end > begin)
+        if not len(some):
+            continue
+        begin, end = begin[some], end[some]
+        before = np.where(begin > 0, sums[begin - 1], 0)
+        bad[some] |= np.minimum.reduceat(sums, begin) < before
+        # Of fewer, the sum below cannot overflow.
+        if (end - begin).max() >= 2**13:
+            bad[some] |= np.maximum.reduceat(sums, begin) - before > _MAX_COUNT
+        pixels[some] += np.add.reduceat(sums, begin) - (end - begin) * before
+    return np.where(bad, -1, pixels)
+
+
+def _fault_of_rle(rle: dict, image_size: Optional[tuple]) -> str:
+    size, counts = rle.get("size"), rle.get("counts")
+    if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
+        return f"has the RLE size {_shown(size)}, not height and width"
+    if math.prod(size) > _MAX_COUNT:
+        return f"has the RLE size {_shown(size)}: more pixels than RLE can count"
+    if image_size and tuple(size) != tuple(image_size):
+        return f"is an RLE of size (height, width) {tuple(size)}, its image is of {tuple(image_size)}"
+    if isinstance(counts, list):
+        if not all(type(n) is int and n >= 0 for n in counts):
+            return f"has RLE counts {_shown(counts)}, which are not all whole numbers from 0"
+        if sum(counts) != math.prod(size):
+            return _fault_of_length(rle, sum(counts))
+    elif not isinstance(counts, (str, bytes)):
+        return f"is RLE without counts that are text or a list, but {_shown(counts)}"
+    return ""
+
+
+def _fault_of_length(rle: dict, found: int) -> str:
+    runs = f"run over {found} pixels" if found >= 0 else "are no run lengths"
+    size = " x ".join(map(str, rle["size"]))
+    return f"is broken RLE: counts {_shown(rle['counts'])} {runs}, its size is {size}"
+
+
+def _fault_of_polygons(polygons: Sequence, image_size: tuple) -> str:
+    longer = max(image_size)
+    for polygon in polygons:
+        if not hasattr(polygon, "__len__") or isinstance(polygon, (str, bytes, dict)):
+            return f"has the polygon {_shown(polygon)}, not a list x0, y0, x1, y1, ..."
+        if not len(polygon):
+            continue
+        try:
+            # A sum is NaN if any of its terms is.
+            low, high, total = min(polygon), max(polygon), sum(polygon)
+            inside = -_MAX_DISTANCE * longer <= low and high <= (_MAX_DISTANCE + 1) * longer and total == total
+        except (TypeError, ValueError, OverflowError):
+            return f"has the polygon {_shown(polygon)}, in which not all are numbers"
+        if not inside:
+            return (
+                f"has a polygon with a coordinate that is not finite or lies far outside of its image of "
+                f"{image_size[1]} x {image_size[0]} pixels: {_shown([low, high])} are its lowest and its highest"
+            )
+        # pycocotools allocates memory for every pixel of an outline; this bounds most outlines without looking at them.
+        if len(polygon) * (high - low) > math.prod(image_size) and _outline(polygon) > _longest(image_size):
+            return f"has a polygon of {len(polygon) // 2} points whose outline is longer than its image has pixels"
+    return ""
+
+
+def _outline(polygon: Sequence) -> float:
+    points = np.asarray(polygon[: len(polygon) // 2 * 2], dtype=np.float64).reshape(-1, 2)
+    return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
+
+
+def _longest(image_size: tuple) -> float:
+    return math.prod(image_size) + 2 * (2 * _MAX_DISTANCE + 1) * sum(image_size)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 60
+
+
+def _shown(value) -> str:
+    return _REPR.repr(value)
