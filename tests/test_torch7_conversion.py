@@ -284,6 +284,83 @@ def test_another_structure_is_named_by_its_path(change, message):
     assert str(caught.value).startswith("drawn.t7: ")
 
 
+def nested_twice(content):
+    # 2^40 modules in a file of a few kilobytes.
+    for _ in range(40):
+        content["model"].fields["trunk"] = Object("nn.Sequential", modules=[content["model"].fields["trunk"]] * 2)
+
+
+def nested_without_leaves(content):
+    content["model"].fields["trunk"] = Object("nn.Sequential", modules=[])
+    nested_twice(content)
+
+
+def nested_in_itself(content):
+    modules(content).append(content["model"].fields["trunk"])
+
+
+def nested_in_a_branch(content):
+    table = modules(content)[4].fields["modules"][0].fields["modules"][0]
+    main = table.fields["modules"][0]
+    main.fields["modules"].append(main)
+
+
+@pytest.mark.parametrize("nest", [nested_twice, nested_without_leaves, nested_in_itself, nested_in_a_branch])
+def test_modules_nested_without_end_are_refused(nest):
+    content = draw()
+    nest(content)
+    message = r"model\.trunk\S* holds more modules than any model of this kind, or one that holds itself"
+    with pytest.raises(ConversionError, match=message) as caught:
+        convert(content)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), np.ones(3, np.float32)])
+@pytest.mark.parametrize(
+    ("number", "fields"),
+    [
+        (8, ["kW", "kH"]),
+        (8, ["dW", "dH"]),
+        (8, ["padW", "padH"]),
+        (8, ["groups"]),
+        (8, ["nInputPlane"]),
+        (7, ["pad_l", "pad_r", "pad_t", "pad_b"]),
+        (1, ["eps"]),
+    ],
+)
+def test_what_is_no_finite_number_is_named(number, fields, value):
+    content = draw(norm="nn.SpatialBatchNormalization")
+    modules(content)[number].fields.update(dict.fromkeys(fields, value))
+    with pytest.raises(ConversionError, match=rf"model\.trunk\.modules\[{number + 1}\].*{fields[0]}"):
+        convert(content)
+
+
+@pytest.mark.parametrize("key", ["running_mean", "running_var", "weight", "bias"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_norm_for_other_channels_is_named(key, count):
+    content = draw(norm="nn.SpatialBatchNormalization")
+    modules(content)[1].fields[key] = np.ones(count, np.float32)
+    with pytest.raises(ConversionError, match=rf"model\.trunk\.modules\[2\]\.{key} has {count} values for 64 channels"):
+        convert(content)
+
+
+def test_a_negative_variance_is_named():
+    content = draw(norm="nn.SpatialBatchNormalization")
+    modules(content)[1].fields["running_var"] = np.full(64, -1, np.float32)
+    with pytest.raises(
+        ConversionError, match=r"model\.trunk\.modules\[2\]\.running_var has values that are no variances"
+    ):
+        convert(content)
+
+
+@pytest.mark.parametrize("value", [-3, 0, 1.5, 1e300, "3", True, Object("nn.Identity")])
+def test_a_kernel_size_that_is_none_is_named(value):
+    content = draw()
+    modules(content)[8].fields.update(kW=value, kH=value)
+    with pytest.raises(ConversionError, match=r"model\.trunk\.modules\[9\] has .* for kW, kH"):
+        convert(content)
+
+
 def test_a_refinement_of_another_structure_is_named_by_its_path():
     content = draw("sharpmask")
     content["model"].fields["neths"][2].fields["modules"][-1].fields.update(kW=1)

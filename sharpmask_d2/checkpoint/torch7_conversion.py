@@ -33,6 +33,7 @@ _KNOWN = {
     *(*_PASSED_OVER, *_CONVOLUTIONS, *_ACTIVATIONS, *_FIXED_NORMS),
 }
 _SIDES = ("pad_l", "pad_r", "pad_t", "pad_b")
+_MAX_NUMBER = 2**20
 
 # Convolutions of a block's main path and blocks per stage, up to res4.
 _DEPTHS = {
@@ -46,6 +47,8 @@ _STRIDE = 16
 _PREFIX = "pyramid.network."
 # Detectron2's FrozenBatchNorm2d has this in its square root.
 _FROZEN_EPS = 1e-5
+# Far beyond any network of this kind; a small file may nest a module in itself, or twice in every one of many levels.
+_MAX_DEPTH, _MAX_MODULES = 50, 10_000
 
 
 class ConversionError(ValueError):
@@ -164,18 +167,28 @@ def _flatten(module: _Module) -> Iterator[_Module]:
 
 
 def _leaves(module: _Module) -> Iterator[_Module]:
-    if module.kind == "Sequential":
-        for child in _children(module):
-            yield from _leaves(child)
-    else:
-        yield module
+    stack, count = [(module, 0)], 0
+    while stack:
+        child, depth = stack.pop()
+        count += 1
+        if depth > _MAX_DEPTH or count > _MAX_MODULES:
+            raise ConversionError(
+                f"{module.path} holds more modules than any model of this kind, or one that holds itself"
+            )
+        if child.kind == "Sequential":
+            stack += [(grandchild, depth + 1) for grandchild in reversed(_children(child))]
+        else:
+            yield child
 
 
-def _one_number(module: _Module, names: tuple) -> int:
-    """The value that fields share."""
-    values = {module.fields.get(name) for name in names}
-    if len(values) != 1 or not isinstance(value := values.pop(), float):
+def _one_number(module: _Module, names: tuple, *, lowest: int = -_MAX_NUMBER) -> int:
+    """The whole number that fields share."""
+    values = [module.fields.get(name) for name in names]
+    if not all(isinstance(value, float) for value in values) or len(set(values)) != 1:
         raise ConversionError(f"{module.path} has not one value for {', '.join(names)}")
+    value = values[0]
+    if not lowest <= value <= _MAX_NUMBER or not value.is_integer():
+        raise ConversionError(f"{module.path} has {value} for {', '.join(names)}, not a whole number from {lowest}")
     return int(value)
 
 
@@ -216,18 +229,18 @@ class _Convolution:
 
     def __init__(self, module: _Module):
         self.module = module
-        self.size = _one_number(module, ("kW", "kH"))
-        self.stride = _one_number(module, ("dW", "dH"))
+        self.size = _one_number(module, ("kW", "kH"), lowest=1)
+        self.stride = _one_number(module, ("dW", "dH"), lowest=1)
         self.zero_padding = _one_number(module, ("padW", "padH")) if "padW" in module.fields else 0
-        if module.fields.get("groups", 1) != 1:
+        if "groups" in module.fields and _one_number(module, ("groups",)) != 1:
             raise ConversionError(f"{module.path} is a convolution in groups")
-        planes = [_one_number(module, (name,)) for name in ("nOutputPlane", "nInputPlane")]
+        planes = [_one_number(module, (name,), lowest=1) for name in ("nOutputPlane", "nInputPlane")]
         weight = module.tensor("weight")
         if weight.numel() != math.prod(planes) * self.size**2:
             raise ConversionError(f"{module.path}.weight has {weight.numel()} values, not {planes} x {self.size}^2")
         # SpatialConvolutionMM keeps it as a matrix.
         self.weight = weight.view(*planes, self.size, self.size)
-        self.bias = module.tensor("bias") if isinstance(module.fields.get("bias"), np.ndarray) else None
+        self.bias = module.tensor("bias").flatten() if isinstance(module.fields.get("bias"), np.ndarray) else None
 
     @property
     def padding(self) -> str:
@@ -240,19 +253,31 @@ class _Convolution:
         raise ConversionError(f"{self.module.path} has an unusual border")
 
 
-def _affine(norm: _Module) -> tuple:
+def _affine(norm: _Module, channels: int) -> tuple:
     """Scale and shift of a norm in evaluation, (C,) each."""
+
+    def vector(key: str) -> Tensor:
+        values = norm.tensor(key).flatten()
+        if len(values) != channels:
+            raise ConversionError(f"{norm.path}.{key} has {len(values)} values for {channels} channels")
+        return values
+
     if norm.kind in _FIXED_NORMS:
-        return norm.tensor("a").flatten(), norm.tensor("b").flatten()
-    mean = norm.tensor("running_mean")
+        return vector("a"), vector("b")
+    mean = vector("running_mean")
     if "running_var" in norm.fields:
-        scale = (norm.tensor("running_var") + norm.fields.get("eps", 1e-5)).rsqrt()
+        eps = norm.fields.get("eps", 1e-5)
+        if not isinstance(eps, float) or not 0 <= eps < math.inf:
+            raise ConversionError(f"{norm.path}.eps is no number from 0")
+        scale = (vector("running_var") + eps).rsqrt()
+        if not scale.isfinite().all():
+            raise ConversionError(f"{norm.path}.running_var has values that are no variances")
     else:
         # Before 2016 Torch kept the inverse of the standard deviation under this name.
-        scale = norm.tensor("running_std")
+        scale = vector("running_std")
     if "weight" in norm.fields:
-        scale = scale * norm.tensor("weight")
-    shift = norm.tensor("bias") if "bias" in norm.fields else torch.zeros_like(mean)
+        scale = scale * vector("weight")
+    shift = vector("bias") if "bias" in norm.fields else torch.zeros_like(mean)
     return scale, shift - mean * scale
 
 
@@ -265,8 +290,12 @@ def _normed_convolutions(queue: _Queue) -> list:
     taken = []
     while queue.modules:
         convolution = _Convolution(queue.take(*_CONVOLUTIONS))
-        scale, shift = _affine(queue.take(*_FIXED_NORMS, "SpatialBatchNormalization"))
+        scale, shift = _affine(queue.take(*_FIXED_NORMS, "SpatialBatchNormalization"), len(convolution.weight))
         if convolution.bias is not None:
+            if len(convolution.bias) != len(shift):
+                raise ConversionError(
+                    f"{convolution.module.path}.bias has {len(convolution.bias)} values for {len(shift)} channels"
+                )
             shift = shift + scale * convolution.bias
         state = {
             "weight": convolution.weight,
