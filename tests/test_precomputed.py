@@ -213,6 +213,10 @@ def test_masks_go_with_the_boxes_that_detectron2_sorted(pickled, entries):
         (lambda c: c["ids"].__setitem__(1, 99), r"proposals\.pkl has no image 2.*compute_proposals"),
         (lambda c: c["masks"].__setitem__(0, {"size": list(SIZE), "counts": b""}), r"image 1: .*'masks': 0"),
         (lambda c: c["masks"][1].update(size=[160, 120]), r"masks of image 2 are of size \(160, 120\)"),
+        (
+            lambda c: c["masks"][1].update(counts=c["masks"][1]["counts"] + b"o"),
+            r"proposals\.pkl: mask \d+ of image 2 is broken RLE",
+        ),
         (lambda c: c.pop("boxes"), r"proposals\.pkl is no proposal file, it has no boxes"),
     ],
 )

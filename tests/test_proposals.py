@@ -129,7 +129,7 @@ def test_missing_inputs_are_named(tiny_config, tmp_path, inputs, message):
 
 def test_wrong_annotation_files_are_named(tiny_config, tmp_path):
     (tmp_path / "bad.json").write_text("[1, 2")
-    with pytest.raises(ValueError, match=r"bad\.json is not a COCO"):
+    with pytest.raises(ValueError, match=r"bad\.json is not JSON"):
         _compute(tiny_config, tmp_path / "p.json", annotations=str(tmp_path / "bad.json"), image_root=str(tmp_path))
 
 

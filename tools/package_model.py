@@ -8,19 +8,23 @@
 import argparse
 from pathlib import Path
 
-import torch
-from sharpmask_d2.checkpoint import pack, save_packed
-from sharpmask_d2.outputs import OutputError, check_outputs
+from sharpmask_d2.checkpoint import load_state, pack, save_packed
+from sharpmask_d2.outputs import check_outputs
 
-if __name__ == "__main__":
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", help="checkpoints of tools/train_net.py")
     parser.add_argument("--output", required=True, help="file to write")
     args = parser.parse_args()
     try:
         check_outputs({"--output": args.output}, inputs=args.checkpoints)
-    except OutputError as error:
-        parser.error(str(error))
-    packed = pack([torch.load(path, map_location="cpu", weights_only=False)["model"] for path in args.checkpoints])
-    save_packed(packed, args.output)
+        packed = pack([load_state(path) for path in args.checkpoints])
+        save_packed(packed, args.output)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
     print(f"wrote {len(packed)} parameters, {Path(args.output).stat().st_size / 1e6:.1f} MB: {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Files that ask for code to be run are refused, and the code is not run."""
+
+import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
+
+# isort: split
+
+import os
+import runpy
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from sharpmask_d2.checkpoint import load_state
+from sharpmask_d2.compute import build_config
+
+
+class _Touch:
+    """Pickled, it asks for a file to be made."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def run_tool(monkeypatch, name, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+
+
+def test_a_checkpoint_is_packed_without_running_code(tmp_path, monkeypatch, capsys):
+    torch.save({"model": {"a": torch.ones(3)}, "iteration": _Touch(tmp_path / "ran")}, tmp_path / "bad.pth")
+    torch.save({"model": {"a": torch.ones(3)}, "iteration": 5, "optimizer": {"lr": [0.1]}}, tmp_path / "good.pth")
+    output = tmp_path / "packed.pth"
+    with pytest.raises(SystemExit, match="1"):
+        run_tool(monkeypatch, "package_model.py", tmp_path / "bad.pth", "--output", output)
+    error = capsys.readouterr().err
+    assert error.startswith(str(tmp_path / "bad.pth"))
+    assert error.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
+    assert not output.exists()
+    run_tool(monkeypatch, "package_model.py", tmp_path / "good.pth", "--output", output)
+    assert load_state(output)["a"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("content", [b"", b"text", None, {"model": 5}, {"model": {"a": 5}}, [1]])
+def test_what_is_no_checkpoint_is_named(tmp_path, content):
+    path = tmp_path / "model.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=r"model\.pth is no checkpoint") as raised:
+        load_state(path)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(FileNotFoundError):
+        load_state(tmp_path / "nowhere.pth")
+
+
+def test_config_files_do_not_run_code(tmp_path, monkeypatch):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']\n")
+    with pytest.raises(yaml.YAMLError):
+        build_config(config_file=str(config))
+    # A message in its place is as good.
+    with pytest.raises((yaml.YAMLError, SystemExit)):
+        run_tool(monkeypatch, "train_net.py", "--config-file", config)
+    assert not (tmp_path / "ran").exists()
