@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 from detectron2.data import MetadataCatalog  # isort: skip
 from detectron2.structures import Boxes, Instances  # isort: skip
-from sharpmask_d2.evaluation import ProposalEvaluator, proposal_evaluation
+from sharpmask_d2.evaluation import ProposalEvaluator, coco_results, proposal_evaluation
 from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json, format_table
 from sharpmask_d2.evaluation.recall import UNMATCHED, GroundTruth, RecallAccumulator, match_ranks
 
@@ -473,18 +473,18 @@ def test_what_is_strange_about_results_is_counted(caplog):
     x, y, w, h = good["bbox"]
     shifted = {**good, "bbox": [x + 1, y - 1, w, h]}
     corners = {**good, "bbox": [x, y, x + w, y + h]}
-    with caplog.at_level(logging.WARNING, logger=proposal_evaluation.__name__):
+    with caplog.at_level(logging.WARNING, logger=coco_results.__name__):
         metrics = evaluate_proposal_json(load(dataset), [good, shifted, corners, corners, result(2, rle, 0.5), unknown])
     assert metrics["segm"]["AR@10"] == metrics["bbox"]["AR@10"] == 50
     assert [record.getMessage() for record in caplog.records] == [
         "proposals: 1 of 6 results are left out: they are of 1 images that the annotations do not have, such as 99",
         "proposals: 3 of the 5 images of the annotations have no results, such as 3; their 2 objects count as missed",
-        "proposals: 2 of 6 boxes do not fit their masks, such as that of result 2: are they x0, y0, x1, y1 instead of x, y, width, height?",
+        "proposals: 2 of 5 boxes do not fit their masks, such as that of result 2: are they x0, y0, x1, y1 instead of x, y, width, height?",
         "proposals: 2 of 6 boxes reach beyond their images, such as that of result 2: are they x0, y0, x1, y1 instead of x, y, width, "
         "height?",
     ]
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger=proposal_evaluation.__name__):
+    with caplog.at_level(logging.WARNING, logger=coco_results.__name__):
         evaluate_proposal_json(load(dataset), [result(i, rle, 0.5) for i in range(1, 6)])
     assert not caplog.records
 

@@ -89,6 +89,12 @@ def load_annotations(path: Union[str, os.PathLike]) -> COCO:
     return coco
 
 
+def image_size(coco: COCO, image_id: Union[int, str]) -> Optional[tuple]:
+    """(height, width) of an image, or None if the annotations do not have it."""
+    image = coco.imgs[image_id]
+    return (image["height"], image["width"]) if image.get("height") and image.get("width") else None
+
+
 def load_records(json_file: str, image_root: str, name: Optional[str] = None) -> list[dict]:
     """Detectron2's `load_coco_json` with its arguments, whose annotations are checked and whose errors say what is wrong with the file.
 

@@ -49,23 +49,25 @@ def check_masks(segmentations: Sequence, image_sizes: Sequence) -> None:
     Raises:
         MaskError: the first of those that pycocotools must not get.
     """
-    compressed = []
-    for index, (segmentation, image_size) in enumerate(zip(segmentations, image_sizes)):
-        if isinstance(segmentation, dict):
-            reason = _fault_of_rle(segmentation, image_size)
-            if not reason and not isinstance(segmentation["counts"], list):
-                compressed.append(index)
-        elif isinstance(segmentation, (list, tuple)):
-            reason = _fault_of_polygons(segmentation, image_size or _LARGE_SIZE)
-        else:
-            reason = f"is {_shown(segmentation)}, neither polygons nor RLE"
-        if reason:
+    compressed, counts, expected = [], [], []
+    image_size, size = None, None
+    for index, (segmentation, of_image) in enumerate(zip(segmentations, image_sizes)):
+        if of_image is not image_size:
+            image_size, size = of_image, list(of_image or ())
+        # Of nearly all masks no more has to be looked at one by one.
+        if (
+            not isinstance(segmentation, dict)
+            or segmentation.get("size") != size
+            or not isinstance(segmentation.get("counts"), str)
+            or not type(segmentation["size"][0]) is type(segmentation["size"][1]) is int
+            or math.prod(size) > _MAX_COUNT
+        ) and (reason := _fault(segmentation, image_size)):
             raise MaskError(reason, index)
-    if not compressed:
-        return
-    pixels = count_pixels([segmentations[i]["counts"] for i in compressed])
-    expected = [math.prod(segmentations[i]["size"]) for i in compressed]
-    if len(wrong := np.flatnonzero(pixels != expected)):
+        if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
+            compressed.append(index)
+            counts.append(segmentation["counts"])
+            expected.append(math.prod(segmentation["size"]))
+    if compressed and len(wrong := np.flatnonzero((pixels := count_pixels(counts)) != expected)):
         index, found = compressed[wrong[0]], int(pixels[wrong[0]])
         raise MaskError(_fault_of_length(segmentations[index], found), index)
 
@@ -172,6 +174,15 @@ def _count(digits: np.ndarray, ends: np.ndarray) -> np.ndarray:
             bad[some] |= np.maximum.reduceat(sums, begin) - before > _MAX_COUNT
         pixels[some] += np.add.reduceat(sums, begin) - (end - begin) * before
     return np.where(bad, -1, pixels)
+
+
+def _fault(segmentation, image_size: Optional[tuple]) -> str:
+    """Why pycocotools must not get a mask, or nothing; the runs of compressed RLE are not looked at."""
+    if isinstance(segmentation, dict):
+        return _fault_of_rle(segmentation, image_size)
+    if isinstance(segmentation, (list, tuple)):
+        return _fault_of_polygons(segmentation, image_size or _LARGE_SIZE)
+    return f"is {_shown(segmentation)}, neither polygons nor RLE"
 
 
 def _fault_of_rle(rle: dict, image_size: Optional[tuple]) -> str:
