@@ -10,10 +10,11 @@ import torch
 
 from .caching import keep_between_images
 from .compute import build_config
+from .data.coco import load_annotations
 from .evaluation.given_boxes import BoxDecoder
 from .evaluation.model_proposals import images_of_model, window_rule
 from .evaluation.proposal_analysis import analyze
-from .evaluation.proposal_evaluation import load_annotations, write_json
+from .evaluation.proposal_evaluation import write_json
 from .evaluation.proposed_image import images_of_results
 from .modeling.inference import autocast
 from .predictor import ProposalPredictor, prepare_image

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
-from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json, load_annotations
+from sharpmask_d2.data.coco import load_annotations
+from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json
 from sharpmask_d2.evaluation.proposed_image import images_of_results
 from sharpmask_d2.evaluation.ranking_oracle import by_overlap, one_of_each_first
 from sharpmask_d2.evaluation.repetition import overlap_with_earlier
@@ -171,8 +172,10 @@ def test_the_tool_prints_and_writes_its_tables(files, tmp_path, monkeypatch, cap
     ("change", "message"),
     [
         (lambda results: results[0].pop("segmentation") and results[0].update(bbox=[0, 0, 1, 1]), "only some results"),
-        (lambda results: results[0].update(image_id=99), "image 99 of result 0 is not in the annotations"),
-        (lambda results: results[0]["segmentation"].update(size=[5, 5]), "image 1: a proposal's mask has the size"),
+        (
+            lambda results: results[0]["segmentation"].update(size=[5, 5]),
+            "result 0, of image 1, has a segmentation that is an RLE of size",
+        ),
     ],
 )
 def test_bad_files_end_in_one_line(files, monkeypatch, capsys, change, message):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from sharpmask_d2.analyze import analyze_proposals, box_decoder
 from sharpmask_d2.compute import build_config
+from sharpmask_d2.data.coco import load_annotations
 from sharpmask_d2.evaluation.given_boxes import GivenBoxes, decode_boxes, iou_in_box
-from sharpmask_d2.evaluation.proposal_evaluation import load_annotations
 from sharpmask_d2.evaluation.proposed_image import ProposedImage, image_objects
 from sharpmask_d2.modeling.proposal_generator import SharpMaskFPN
 from sharpmask_d2.predictor import ProposalPredictor

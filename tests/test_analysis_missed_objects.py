@@ -13,6 +13,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_utils
 from sharpmask_d2.compute import build_config
+from sharpmask_d2.data.coco import load_annotations
 from sharpmask_d2.evaluation.missed_objects import (
     BAD_MASK,
     BAD_RANK,
@@ -25,7 +26,7 @@ from sharpmask_d2.evaluation.missed_objects import (
     causes,
 )
 from sharpmask_d2.evaluation.model_proposals import images_of_model, window_rule
-from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json, load_annotations
+from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json
 from sharpmask_d2.evaluation.proposed_image import proposed_image
 from sharpmask_d2.evaluation.recall import IOU_THRESHOLDS, match_ranks
 from sharpmask_d2.modeling.windows import label_rule, label_windows

@@ -4,7 +4,6 @@ Shape letters:
     D: proposals (detections) of an image
 """
 
-import contextlib
 import json
 import logging
 import math

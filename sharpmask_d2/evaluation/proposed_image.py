@@ -14,7 +14,9 @@ import numpy as np
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from .proposal_evaluation import BOXES, MASKS, check_results, ground_truth, load_json
+from ..data.coco import load_json
+from .coco_results import check_results
+from .proposal_evaluation import BOXES, MASKS, ground_truth
 from .recall import AREA_RANGES, PROPOSAL_COUNTS, GroundTruth
 
 
