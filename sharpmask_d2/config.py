@@ -187,6 +187,9 @@ def add_sharpmask_config(cfg: CN) -> None:
     _C.FPN.DECODER = "cells"
     # Of the decoder of windows: side of the window whose mask is decoded, in sides of the scored window.
     _C.FPN.MASK_WINDOW = 1.2
+    # Maximum number of proposals per image whose masks are refined to 56 x 56 cells, those of highest score; the others keep coarse
+    # masks of 14 x 14 cells.
+    _C.FPN.NUM_REFINED = 300
     # Windows per image that learn a mask; their greatest shift, in sides of the window, and factor, in octaves.
     _C.FPN.MASK_WINDOWS_PER_IMAGE = 32
     _C.FPN.MASK_JITTER_SHIFT = 0.12

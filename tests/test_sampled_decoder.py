@@ -35,7 +35,9 @@ def pyramid(size, seed=0):
 @torch.no_grad()
 def decode(decoder, features, extents, windows):
     tables = decoder.tables(features, extents, STRIDES)
-    return decoder(tables, torch.zeros(len(windows), dtype=torch.long), torch.tensor(windows, dtype=torch.float32))[-1]
+    return decoder.masks(
+        tables, torch.zeros(len(windows), dtype=torch.long), torch.tensor(windows, dtype=torch.float32)
+    )
 
 
 def test_a_mask_moves_with_the_image(decoder):
@@ -75,10 +77,10 @@ def test_masks_read_finer_levels_for_smaller_windows(decoder):
     assert differs == [True, False]
 
 
-def test_in_training_there_are_masks_of_every_step(decoder):
+def test_there_are_masks_of_every_step(decoder):
     features, extents = pyramid((64, 64))
     tables = decoder.tables(features, extents, STRIDES)
-    masks = decoder.train()(tables, torch.zeros(2, dtype=torch.long), torch.tensor([[0.0, 0, 40, 40]] * 2))
+    masks = decoder(tables, torch.zeros(2, dtype=torch.long), torch.tensor([[0.0, 0, 40, 40]] * 2))
     assert [tuple(mask.shape) for mask in masks] == [(2, 14, 14), (2, 28, 28), (2, 56, 56)]
 
 
@@ -204,3 +206,30 @@ def test_an_unknown_decoder_is_named(cfg):
     cfg.MODEL.SHARPMASK.FPN.DECODER = "both"
     with pytest.raises(ValueError, match=r"MODEL\.SHARPMASK\.FPN\.DECODER is 'both'"):
         build_model(cfg)
+
+
+def test_only_the_first_masks_are_refined_the_others_are_interpolated(cfg):
+    model = build_model(cfg).eval()
+    generator = model.proposal_generator
+    windows = generator.canonical_windows(torch.tensor([[20.0, 20, 80, 70], [90, 30, 120, 100], [10, 10, 40, 30]]))
+    images = torch.zeros(3, dtype=torch.long)
+    with torch.no_grad():
+        pyramid, _ = model.pyramid([example([(20, 20, 80, 70)])])
+        refined, some = (generator.decode(pyramid, images, windows, num_refined=n) for n in (None, 2))
+        tables = generator.decoder.tables(pyramid.features, pyramid.extents, generator.strides)
+        coarse = generator.decoder(tables, images, windows)[0]
+    torch.testing.assert_close(some[:2], refined[:2], atol=1e-5, rtol=0)
+    interpolated = torch.nn.functional.interpolate(coarse[2:, None], size=(56, 56), mode="bilinear")[:, 0]
+    torch.testing.assert_close(some[2:], interpolated, atol=1e-5, rtol=0)
+    assert (some[2] - refined[2]).abs().max() > 1e-3
+
+
+def test_proposals_beyond_those_that_are_refined_are_there(cfg):
+    inputs = example([(20, 20, 80, 70)])
+    cfg.MODEL.SHARPMASK.TEST.MASK_THRESHOLD = 0.001
+    for num_refined in (0, 7, 1000):
+        cfg.MODEL.SHARPMASK.FPN.NUM_REFINED = num_refined
+        torch.manual_seed(0)
+        model = build_model(cfg).eval()
+        with torch.no_grad():
+            assert len(model([inputs])[0]["proposals"]) == 50

@@ -6,6 +6,7 @@ Shape letters: B images, L levels, C channels of the pyramid, N windows, E embed
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import conv_upsampled
@@ -72,20 +73,45 @@ class SampledDecoder(nn.Module):
             windows: (N, 4) XYXY squares in the frame of the resized image, in pixels; they may lie partly or wholly outside.
 
         Returns:
-            mask logits of the windows; in training [(N, 14, 14), (N, 28, 28), (N, 56, 56)], else the last of these alone in a list.
+            mask logits of the windows before and after each refinement step: [(N, 14, 14), (N, 28, 28), (N, 56, 56)].
         """
+        encoding = self._encode(tables, images, windows)
+        fine = self._refine(encoding, tables, images, windows)
+        return [self.side_masks[0](encoding)[:, 0], self.side_masks[1](fine)[:, 0], self._last_mask(fine)]
+
+    def masks(self, tables: DecoderTables, images: Tensor, windows: Tensor, *, refined: bool = True) -> Tensor:
+        """Masks for inference.
+
+        Args:
+            tables, images, windows: see `forward`.
+            refined: False leaves the refinement out, which takes most of the time: the coarse mask is interpolated.
+
+        Returns:
+            (N, 56, 56) logits.
+        """
+        encoding = self._encode(tables, images, windows)
+        if refined:
+            return self._last_mask(self._refine(encoding, tables, images, windows))
+        coarse = self.side_masks[0](encoding)
+        return F.interpolate(coarse, size=(self.mask_size,) * 2, mode="bilinear", align_corners=False)[:, 0]
+
+    def _encode(self, tables: DecoderTables, images: Tensor, windows: Tensor) -> Tensor:
+        """(N, k, 14, 14): DeepMask's coarse mask in k channels, the first skip path added."""
         sampled = tables.features.sample_windows(images, windows, _EMBED_SIDE)
         embeddings = self.embed(sampled.permute(0, 2, 3, 1).flatten(1)).relu()
         encoding = self.start(embeddings).unflatten(1, (_COARSE_SIDE, _COARSE_SIDE, -1)).permute(0, 3, 1, 2)
         encoding = (encoding + tables.coarse.sample_windows(images, windows, _COARSE_SIDE)).relu()
         for conv in self.refine_coarse:
             encoding = (encoding + conv(encoding)).relu()
+        return encoding
+
+    def _refine(self, encoding: Tensor, tables: DecoderTables, images: Tensor, windows: Tensor) -> Tensor:
+        """(N, k, 14, 14) to (N, k / 2, 28, 28), the second skip path added."""
         fine = conv_upsampled(encoding, self.widen) + tables.fine.sample_windows(images, windows, 2 * _COARSE_SIDE)
-        fine = self.refine_fine(fine.relu()).relu()
-        masks = [conv_upsampled(fine, self.to_mask)[:, 0]]
-        if self.training:
-            masks = [self.side_masks[0](encoding)[:, 0], self.side_masks[1](fine)[:, 0], *masks]
-        return masks
+        return self.refine_fine(fine.relu()).relu()
+
+    def _last_mask(self, fine: Tensor) -> Tensor:
+        return conv_upsampled(fine, self.to_mask)[:, 0]
 
 
 def _skip_path(in_channels: int, out_channels: int) -> nn.Sequential:

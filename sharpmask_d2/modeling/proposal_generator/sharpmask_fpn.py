@@ -67,6 +67,7 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
         scores: WindowScores,
         decoder: nn.Module,
         mask_window: float,
+        num_refined: int,
         mask_windows_per_image: int,
         mask_jitter: tuple,
         scale_prior: float,
@@ -90,6 +91,7 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
             scores: gives the scores of all windows.
             decoder: gives the masks of chosen windows: a `WindowDecoder`, of cells, or a `SampledDecoder`, of any windows.
             mask_window: side of the window whose mask is decoded, in sides of the window that is scored; read with a `SampledDecoder`.
+            num_refined: proposals of highest score, of an image, whose masks are refined; read with a `SampledDecoder`.
             mask_windows_per_image: windows of an image that learn a mask.
             mask_jitter: shift and octaves of these windows, see `jittered_windows`.
             scale_prior: added to the score logits of windows, for every octave that they are larger than the smallest.
@@ -113,7 +115,7 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
         self.scores, self.decoder = scores, decoder
         if self.decodes_any_window:
             scores.start_rare()
-        self.mask_window = mask_window
+        self.mask_window, self.num_refined = mask_window, num_refined
         self.mask_windows_per_image, self.mask_jitter = mask_windows_per_image, mask_jitter
         self.scale_prior, self.num_proposals = scale_prior, num_proposals
         self.window_nms_thresh = window_nms_thresh
@@ -166,6 +168,7 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
             "scores": WindowScores(in_channels=channels, channels=fpn.SCORE_CHANNELS, window_cells=fpn.WINDOW_CELLS),
             "decoder": _build_decoder(cfg, channels),
             "mask_window": fpn.MASK_WINDOW,
+            "num_refined": fpn.NUM_REFINED,
             "mask_windows_per_image": fpn.MASK_WINDOWS_PER_IMAGE,
             "mask_jitter": (fpn.MASK_JITTER_SHIFT, fpn.MASK_JITTER_OCTAVES),
             "scale_prior": fpn.SCALE_PRIOR,
@@ -315,7 +318,9 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
         """
         return square_windows(enlarged(boxes, self.geometry.smallest_object), self.mask_share)
 
-    def decode(self, pyramid: Pyramid, images: Tensor, windows: Tensor, tables=None) -> Tensor:
+    def decode(
+        self, pyramid: Pyramid, images: Tensor, windows: Tensor, *, tables=None, num_refined: Optional[int] = None
+    ) -> Tensor:
         """Masks of any windows, with a `SampledDecoder`.
 
         Args:
@@ -323,13 +328,18 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
             images: (N,) int64, the image of each window.
             windows: (N, 4) XYXY squares in the frame of the resized image, in pixels.
             tables: what `SampledDecoder.tables` made of the pyramid, if it is there already.
+            num_refined: how many of the windows, the first ones, have refined masks; the others have coarse ones. None refines all.
 
         Returns:
             (N, M, M) logits.
         """
         tables = tables or self.decoder.tables(pyramid.features, pyramid.extents, self.strides)
-        parts = zip(images.split(self.windows_per_batch), windows.split(self.windows_per_batch))
-        return torch.cat([self.decoder(tables, *part)[-1] for part in parts])
+        masks = []
+        for chosen, refined in ((slice(num_refined), True), (slice(num_refined, None), False)):
+            if refined or num_refined is not None:
+                parts = zip(images[chosen].split(self.windows_per_batch), windows[chosen].split(self.windows_per_batch))
+                masks += [self.decoder.masks(tables, *part, refined=refined) for part in parts]
+        return torch.cat(masks)
 
     def _cut(self, table: FeatureTable, images: Tensor, cells: Cells) -> list:
         """What `FeatureTable.cut` gives for each kind of the windows, which come kind by kind."""
@@ -378,7 +388,9 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
         if self.decodes_any_window:
             chosen, scores = windows[order], pyramid.scores[number, candidates[order]]
             windows = square_windows(chosen, 1 / self.mask_window)
-            masks = self.decode(pyramid, torch.full_like(order, number), windows, table)
+            masks = self.decode(
+                pyramid, torch.full_like(order, number), windows, tables=table, num_refined=self.num_refined
+            )
             return self._finished(scores, masks, windows, image_size, output_size)
         scores, cells = pyramid.scores[number, candidates[order]], self.geometry.cells(candidates[order], pyramid.sizes)
         by_kind = cells.kinds.argsort(stable=True)
