@@ -28,6 +28,7 @@ from .data import (
     build_resumable_train_loader,
 )
 from .data.proposal_mapper import find_test_file
+from .errors import UserError
 from .evaluation import (
     GeneratedProposalEvaluator,
     PatchEvaluator,
@@ -278,7 +279,7 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
         return sgd(params, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
     if solver.OPTIMIZER == "ADAMW":
         return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(params, lr=solver.BASE_LR)
-    raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}: choose 'SGD' or 'ADAMW'")
+    raise UserError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}: choose 'SGD' or 'ADAMW'")
 
 
 def optimizer_params(

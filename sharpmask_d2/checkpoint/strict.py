@@ -2,6 +2,8 @@
 
 from .safe import SafeCheckpointer, list_names
 
+from ..errors import UserError
+
 
 class StrictCheckpointer(SafeCheckpointer):
     """A checkpointer for models that are run and not trained on: what the file lacks is an error, not a warning.
@@ -24,14 +26,14 @@ class StrictCheckpointer(SafeCheckpointer):
         except AssertionError as error:
             raise FileNotFoundError(f"MODEL.WEIGHTS: there is no checkpoint {path}") from error
         except _WrongModelError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} does not fit this model: {error}; is it the checkpoint of another config?"
             ) from None
 
     def _load_file(self, filename: str):
         loaded = super()._load_file(filename)
         if not isinstance(loaded.get("model"), dict):
-            raise ValueError(f"{filename} is not a checkpoint of Detectron2: it holds no parameters by name")
+            raise UserError(f"{filename} is not a checkpoint of Detectron2: it holds no parameters by name")
         return loaded
 
     def _load_model(self, checkpoint):

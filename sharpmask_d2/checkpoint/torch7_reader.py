@@ -15,6 +15,8 @@ from typing import NamedTuple, Union
 
 import numpy as np
 
+from ..errors import UserError
+
 _NIL, _NUMBER, _STRING, _TABLE, _TORCH, _BOOLEAN, _FUNCTION, _OLD_RECURSIVE_FUNCTION, _RECURSIVE_FUNCTION = range(9)
 
 _LONG = "long"
@@ -42,7 +44,7 @@ _BYTES_PER_ENTRY = 12
 _PENDING = object()
 
 
-class Torch7Error(ValueError):
+class Torch7Error(UserError):
     """A file that is not a whole Torch7 binary file; the message names it and the place."""
 
 

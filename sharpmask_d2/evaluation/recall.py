@@ -17,6 +17,8 @@ from typing import NamedTuple, Union
 import numpy as np
 from pycocotools import mask as mask_utils
 
+from ..errors import UserError
+
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 # Both ends belong to a range, as in COCOeval: an object of exactly 32^2 pixels is small and medium.
 AREA_RANGES = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
@@ -125,9 +127,9 @@ class RecallAccumulator:
         """
         scores = np.asarray(scores, dtype=np.float64)
         if len(proposals) != len(scores):
-            raise ValueError(f"image {image_id}: {len(proposals)} proposals but {len(scores)} scores")
+            raise UserError(f"image {image_id}: {len(proposals)} proposals but {len(scores)} scores")
         if np.isnan(scores).any():
-            raise ValueError(f"image {image_id}: the score of proposal {int(np.isnan(scores).argmax())} is nan")
+            raise UserError(f"image {image_id}: the score of proposal {int(np.isnan(scores).argmax())} is nan")
         order = np.argsort(-scores, kind="stable")[: self.max_proposals]
         if isinstance(proposals, np.ndarray):
             proposals = proposals[order]
@@ -218,7 +220,7 @@ def _check_mask_sizes(image_id: Hashable, gts: list, proposals: list) -> None:
     """pycocotools gives masks of different frames an IoU of -1 instead of an error."""
     sizes = {tuple(rle["size"]) for rle in gts + proposals}
     if len(sizes) > 1:
-        raise ValueError(
+        raise UserError(
             f"image {image_id}: masks of different sizes (height, width): {sorted(sizes)}; "
             "proposals must be in the frame of the original image"
         )

@@ -9,6 +9,8 @@ w - K + 1), F reduced channels, E embedding, N windows, M side of the coarse mas
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
+from ..errors import UserError
+
 HEADS = ("original", "A", "B", "C")
 
 
@@ -50,9 +52,9 @@ class WindowHead(nn.Module):
         """
         super().__init__()
         if variant not in HEADS:
-            raise ValueError(f"MODEL.SHARPMASK.HEAD is {variant!r}: choose from {HEADS}")
+            raise UserError(f"MODEL.SHARPMASK.HEAD is {variant!r}: choose from {HEADS}")
         if variant != "C" and window_cells % 2:
-            raise ValueError(
+            raise UserError(
                 f"head {variant} pools 2x2: a window of {window_cells} cells is odd, choose another WINDOW_SIZE"
             )
         self.variant = variant

@@ -6,6 +6,7 @@ import torch
 from detectron2.modeling.backbone import Backbone
 from torch import nn
 
+from ..errors import UserError
 from .fused import can_fuse, fuse_layers
 from .layers import fold_batch_norm
 
@@ -64,4 +65,4 @@ def autocast(device: torch.device, dtype: str):
 
 def _check(dtype: str) -> None:
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}: choose from {DTYPES}")
+        raise UserError(f"dtype is {dtype!r}: choose from {DTYPES}")

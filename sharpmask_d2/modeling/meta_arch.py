@@ -13,6 +13,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from ..data.patch_mapper import PatchMapper
+from ..errors import UserError
 from ..structures import rescale_proposals
 from .exporting import NotExportable
 from .losses import mask_iou, mask_loss, score_loss
@@ -154,7 +155,7 @@ class SegmentProposalNetwork(NotExportable, ProposalNetwork):
         self.check_not_traced()
         if self.training:
             if self.proposal_generator.frozen:
-                raise ValueError(
+                raise UserError(
                     "MODEL.SHARPMASK.GENERATOR.FROZEN is True: alone, without a detector, there is nothing left to train; set it to False"
                 )
             pyramid, _ = self.pyramid(batched_inputs)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .blocks import conv_blocks, conv_upsampled, from_blocks, to_blocks
 from .layers import MirroredConv2d
 
@@ -49,9 +50,9 @@ def module_channels(channels: int, schedule: str, num_modules: int) -> list:
     if schedule == "a":
         return [channels] * (num_modules + 1)
     if schedule != "b":
-        raise ValueError(f"MODEL.SHARPMASK.REFINEMENT.SCHEDULE is {schedule!r}: choose 'a' or 'b'")
+        raise UserError(f"MODEL.SHARPMASK.REFINEMENT.SCHEDULE is {schedule!r}: choose 'a' or 'b'")
     if channels % 2**num_modules:
-        raise ValueError(f"MODEL.SHARPMASK.REFINEMENT.CHANNELS is {channels}: {num_modules} modules cannot halve it")
+        raise UserError(f"MODEL.SHARPMASK.REFINEMENT.CHANNELS is {channels}: {num_modules} modules cannot halve it")
     return [channels // 2**i for i in range(num_modules + 1)]
 
 
@@ -151,7 +152,7 @@ class _FromEmbedding(nn.Module):
         specs = list(features.values())
         for name, coarse, fine in zip(list(features)[1:], specs, specs[1:]):
             if coarse.stride != 2 * fine.stride:
-                raise ValueError(
+                raise UserError(
                     f"MODEL.SHARPMASK.REFINEMENT.SKIP_FEATURES: {name} has stride {fine.stride}, "
                     f"which is not half of the {coarse.stride} before it"
                 )
@@ -199,11 +200,11 @@ class SharpMaskRefinement(_FromEmbedding):
             ValueError: an option that is none of those named there.
         """
         if form not in ("refactored", "concatenated"):
-            raise ValueError(f"MODEL.SHARPMASK.REFINEMENT.FORM is {form!r}: choose 'refactored' or 'concatenated'")
+            raise UserError(f"MODEL.SHARPMASK.REFINEMENT.FORM is {form!r}: choose 'refactored' or 'concatenated'")
         if upsampling not in ("nearest", "bilinear"):
-            raise ValueError(f"MODEL.SHARPMASK.REFINEMENT.UPSAMPLING is {upsampling!r}: choose 'nearest' or 'bilinear'")
+            raise UserError(f"MODEL.SHARPMASK.REFINEMENT.UPSAMPLING is {upsampling!r}: choose 'nearest' or 'bilinear'")
         if vertical_convs not in (1, 2) or horizontal_convs not in (2, 3):
-            raise ValueError("MODEL.SHARPMASK.REFINEMENT: VERTICAL_CONVS is 1 or 2, HORIZONTAL_CONVS is 2 or 3")
+            raise UserError("MODEL.SHARPMASK.REFINEMENT: VERTICAL_CONVS is 1 or 2, HORIZONTAL_CONVS is 2 or 3")
         widths = module_channels(channels, schedule, len(features))
         super().__init__(features, embed_dim, widths[0], window_size)
         options = {"vertical_convs": vertical_convs, "horizontal_convs": horizontal_convs, "upsampling": upsampling}

@@ -16,6 +16,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .heads import CoarseMask, WindowHead
 from .refinement import MultiscaleRefinement, SharpMaskRefinement, SkipRefinement
 from .resizing import RESIZINGS
@@ -75,14 +76,14 @@ class SharpMaskNetwork(nn.Module):
         self.stride = self.strides[in_feature]
         check_window_size(window_size, context, self.stride)
         if resizing not in RESIZINGS:
-            raise ValueError(f"MODEL.SHARPMASK.RESIZING is {resizing!r}: choose from {RESIZINGS}")
+            raise UserError(f"MODEL.SHARPMASK.RESIZING is {resizing!r}: choose from {RESIZINGS}")
         self.resizing = resizing
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.freeze_feedforward = freeze_feedforward
         if freeze_feedforward:
             if not mask_branch.skip_features:
-                raise ValueError(
+                raise UserError(
                     "MODEL.SHARPMASK.FREEZE_FEEDFORWARD is set, but REFINEMENT.NAME is 'none': nothing is left to train"
                 )
             trunk.requires_grad_(False)
@@ -153,7 +154,7 @@ class SharpMaskNetwork(nn.Module):
         """
         side = self.window_size + self.context
         if patches.shape[-2:] != (side, side):
-            raise ValueError(
+            raise UserError(
                 f"patches are {tuple(patches.shape[-2:])} pixels, but window and context make {side} x {side}"
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_feedforward):
@@ -276,11 +277,11 @@ def _window_view(x: Tensor, size: int, step: int, grid_size: tuple) -> Tensor:
 def check_window_size(window_size: int, context: int, stride: int) -> None:
     """Raises ValueError unless windows and context are made of whole cells of the grid."""
     if window_size % stride:
-        raise ValueError(
+        raise UserError(
             f"MODEL.SHARPMASK.WINDOW_SIZE is {window_size}: it must be a multiple of the stride of IN_FEATURE, {stride}"
         )
     if context % (2 * stride):
-        raise ValueError(
+        raise UserError(
             f"MODEL.SHARPMASK.CONTEXT is {context}: it must be a multiple of twice the stride of IN_FEATURE, {2 * stride}"
         )
 
@@ -308,6 +309,6 @@ def _build_mask_branch(sharpmask, shapes: dict) -> nn.Module:
             horizontal_convs=refinement.HORIZONTAL_CONVS,
             upsampling=refinement.UPSAMPLING,
         )
-    raise ValueError(
+    raise UserError(
         f"MODEL.SHARPMASK.REFINEMENT.NAME is {refinement.NAME!r}: choose 'none', 'sharpmask', 'skip' or 'multiscale'"
     )

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 
 class Level(NamedTuple):
     """A level of the pyramid: sizes (height, width) of the image and of the resized image, and the grid's shift (y, x) in pixels."""
@@ -52,7 +54,7 @@ def grid_shifts(stride: int, grid_stride: int) -> list:
         ValueError: `grid_stride` does not divide `stride`.
     """
     if grid_stride < 1 or stride % grid_stride:
-        raise ValueError(
+        raise UserError(
             f"MODEL.SHARPMASK.GRID_STRIDE is {grid_stride}: it must divide the stride of IN_FEATURE, {stride}"
         )
     steps = range(0, stride, grid_stride)

@@ -6,6 +6,7 @@ from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
+from ...errors import UserError
 from ..layers import use_mirrored_padding
 from .features import trunk_features
 
@@ -35,11 +36,11 @@ class ResNetTrunk(ResNet):
         """
         names = [_CONV1, "res2", "res3", "res4", "res5"]
         if unknown := set(out_features) - set(names):
-            raise ValueError(f"ResNet has no feature {sorted(unknown)}: choose from {names}")
+            raise UserError(f"ResNet has no feature {sorted(unknown)}: choose from {names}")
         if depth not in (18, 34, 50, 101, 152):
-            raise ValueError(f"MODEL.SHARPMASK.TRUNK.RESNET_DEPTH is {depth}: choose 18, 34, 50, 101 or 152")
+            raise UserError(f"MODEL.SHARPMASK.TRUNK.RESNET_DEPTH is {depth}: choose 18, 34, 50, 101 or 152")
         if padding not in ("mirrored", "zeros"):
-            raise ValueError(f"MODEL.SHARPMASK.TRUNK.PADDING is {padding!r}: choose 'mirrored' or 'zeros'")
+            raise UserError(f"MODEL.SHARPMASK.TRUNK.PADDING is {padding!r}: choose 'mirrored' or 'zeros'")
         options = {"stride_in_1x1": stride_in_1x1} if depth >= 50 else {}
         num_stages = max(names.index(name) for name in out_features)
         stages = ResNet.make_default_stages(depth, norm=norm, **options)[: max(num_stages, 1)]

@@ -12,6 +12,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from ...data.patch_mapper import PADDING_VALUE
+from ...errors import UserError
 from ...structures import WindowMasks, build_proposals
 from ..resizing import resize
 from ..sharpmask import SharpMaskNetwork, WindowGrid
@@ -55,7 +56,7 @@ class ImagePyramid(nn.Module):
         """
         super().__init__()
         if not 0 < mask_threshold < 1:
-            raise ValueError(f"MODEL.SHARPMASK.TEST.MASK_THRESHOLD is {mask_threshold}: it must lie between 0 and 1")
+            raise UserError(f"MODEL.SHARPMASK.TEST.MASK_THRESHOLD is {mask_threshold}: it must lie between 0 and 1")
         self.network = network
         self.exponents = list(exponents)
         self.shifts = grid_shifts(network.stride, grid_stride)
@@ -109,7 +110,7 @@ class ImagePyramid(nn.Module):
         """
         image_size = tuple(images.shape[2:])
         if 0 in image_size:
-            raise ValueError(f"the image has no pixels: its size is {image_size} (height, width)")
+            raise UserError(f"the image has no pixels: its size is {image_size} (height, width)")
         levels = self.levels(image_size)
         # The largest, which takes the most memory, before anything of the others is kept.
         grids = [self.level_grid(images, level) for level in reversed(levels)][::-1]

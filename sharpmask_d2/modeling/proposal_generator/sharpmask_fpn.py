@@ -15,6 +15,7 @@ from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
+from ...errors import UserError
 from ...structures import WindowMasks, build_proposals
 from ...structures.mask_nms import log_to_logit
 from ..exporting import NotExportable
@@ -109,7 +110,7 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
         """
         super().__init__()
         if not 0 < mask_threshold < 1:
-            raise ValueError(f"MODEL.SHARPMASK.TEST.MASK_THRESHOLD is {mask_threshold}: it must lie between 0 and 1")
+            raise UserError(f"MODEL.SHARPMASK.TEST.MASK_THRESHOLD is {mask_threshold}: it must lie between 0 and 1")
         self.in_features = list(in_features)
         self.geometry, self.sampler = geometry, sampler
         self.scores, self.decoder = scores, decoder
@@ -138,12 +139,12 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
         sharpmask = cfg.MODEL.SHARPMASK
         fpn = sharpmask.FPN
         if missing := [name for name in fpn.IN_FEATURES if name not in input_shape]:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.SHARPMASK.FPN.IN_FEATURES: the backbone has no {missing}, its features are {list(input_shape)}"
             )
         channels = {input_shape[name].channels for name in fpn.IN_FEATURES}
         if len(channels) > 1:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.SHARPMASK.FPN.IN_FEATURES: {fpn.IN_FEATURES} differ in their channels, {sorted(channels)}: one head reads them all"
             )
         (channels,) = channels

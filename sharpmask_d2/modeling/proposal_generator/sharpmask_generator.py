@@ -14,6 +14,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from ...checkpoint import StrictCheckpointer
+from ...errors import UserError
 from ..backbone import trunk_features
 from ..exporting import NotExportable
 from ..losses import mask_loss, score_loss
@@ -294,14 +295,14 @@ def shared_features(cfg, input_shape: dict) -> dict:
     names = trunk_features(cfg)
     if missing := [name for name in names if name not in strides]:
         key = "IN_FEATURE" if sharpmask.IN_FEATURE in missing else "REFINEMENT.SKIP_FEATURES"
-        raise ValueError(f"MODEL.SHARPMASK.{key}: the detector's backbone has no {missing}, its strides are {strides}")
+        raise UserError(f"MODEL.SHARPMASK.{key}: the detector's backbone has no {missing}, its strides are {strides}")
     stride = strides[sharpmask.IN_FEATURE]
     if coarse := [name for name in names if strides[name] > stride]:
-        raise ValueError(
+        raise UserError(
             f"MODEL.SHARPMASK.REFINEMENT.SKIP_FEATURES: {coarse} are coarser than IN_FEATURE, the strides are {strides}"
         )
     if sharpmask.WINDOW_SIZE % (2 * stride):
-        raise ValueError(
+        raise UserError(
             f"MODEL.SHARPMASK.WINDOW_SIZE is {sharpmask.WINDOW_SIZE}: with GENERATOR.SHARED_BACKBONE it must be a multiple of twice the "
             f"stride of IN_FEATURE, {2 * stride}"
         )
@@ -312,7 +313,7 @@ def shared_features(cfg, input_shape: dict) -> dict:
     )
     for key, value, needed in required:
         if value != needed:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.SHARPMASK.{key} is {value}: with GENERATOR.SHARED_BACKBONE and IN_FEATURE {sharpmask.IN_FEATURE} of stride "
                 f"{stride} it must be {needed}"
             )

@@ -6,6 +6,7 @@ import torch
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from ...errors import UserError
 from ..losses import mask_iou
 
 
@@ -37,10 +38,10 @@ class LearntGenerator(nn.Module):
 def check_masks(gt_instances, num_images: int) -> None:
     """Raises ValueError unless there is ground truth with masks for every image."""
     if gt_instances is None or len(gt_instances) != num_images:
-        raise ValueError("MODEL.SHARPMASK.GENERATOR.FROZEN is False: training needs the ground truth of every image")
+        raise UserError("MODEL.SHARPMASK.GENERATOR.FROZEN is False: training needs the ground truth of every image")
     # Without any object, Detectron2's mapper leaves the field out.
     if any(len(gt) and not gt.has("gt_masks") for gt in gt_instances):
-        raise ValueError(
+        raise UserError(
             "MODEL.SHARPMASK.GENERATOR.FROZEN is False, but training images come without gt_masks: set MODEL.MASK_ON True, so that "
             "Detectron2's mapper loads them in INPUT.MASK_FORMAT ('polygon' or 'bitmask')"
         )

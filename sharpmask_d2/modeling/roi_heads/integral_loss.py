@@ -12,6 +12,8 @@ from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor, nn
 
+from ...errors import UserError
+
 _IGNORED = -1
 
 
@@ -48,7 +50,7 @@ class IntegralOutputLayers(FastRCNNOutputLayers):
         """
         super().__init__(input_shape, **kwargs)
         if not iou_thresholds or list(iou_thresholds) != sorted(set(iou_thresholds)):
-            raise ValueError(f"MODEL.MULTIPATH.IOU_THRESHOLDS is {list(iou_thresholds)}: it must ascend")
+            raise UserError(f"MODEL.MULTIPATH.IOU_THRESHOLDS is {list(iou_thresholds)}: it must ascend")
         self.iou_thresholds = list(iou_thresholds)
         self.cls_score = nn.Linear(self.cls_score.in_features, len(self.iou_thresholds) * (self.num_classes + 1))
         self.bbox_pred = nn.Linear(box_input_shape.channels, self.bbox_pred.out_features)
@@ -61,7 +63,7 @@ class IntegralOutputLayers(FastRCNNOutputLayers):
         thresholds = cfg.MODEL.MULTIPATH.IOU_THRESHOLDS
         sampled = cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[-1]
         if thresholds and min(thresholds) < sampled:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.MULTIPATH.IOU_THRESHOLDS is {list(thresholds)}: RoIs below MODEL.ROI_HEADS.IOU_THRESHOLDS, {sampled}, "
                 "have no class"
             )

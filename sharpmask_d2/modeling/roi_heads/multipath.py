@@ -10,6 +10,7 @@ from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference_single_i
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
+from ...errors import UserError
 from .box_voting import vote_boxes
 from .foveal import FovealPooler, FovealTowers
 from .integral_loss import IntegralOutputLayers
@@ -27,7 +28,7 @@ def add_dropout(box_head: nn.Module, probability: float) -> nn.Module:
     """
     activations = [name for name, child in box_head.named_children() if isinstance(child, nn.ReLU)]
     if not activations:
-        raise ValueError(f"MODEL.MULTIPATH.DROPOUT is {probability}, but {type(box_head).__name__} has nothing to drop")
+        raise UserError(f"MODEL.MULTIPATH.DROPOUT is {probability}, but {type(box_head).__name__} has nothing to drop")
     for name in activations:
         setattr(box_head, name, nn.Sequential(nn.ReLU(), nn.Dropout(probability)))
     return box_head
@@ -76,9 +77,9 @@ class MultiPathROIHeads(ProposalMaskROIHeads):
         """
         super().__init__(**kwargs)
         if iterations < 1:
-            raise ValueError(f"MODEL.MULTIPATH.ITERATIONS is {iterations}: it must be 1 at least")
+            raise UserError(f"MODEL.MULTIPATH.ITERATIONS is {iterations}: it must be 1 at least")
         if not 0 <= voting_iou <= 1:
-            raise ValueError(f"MODEL.MULTIPATH.BOX_VOTING is {voting_iou}: it must lie between 0 and 1")
+            raise UserError(f"MODEL.MULTIPATH.BOX_VOTING is {voting_iou}: it must lie between 0 and 1")
         self.iterations = iterations
         self.voting_iou = voting_iou
         self.keep_proposal_masks = keep_proposal_masks
@@ -92,7 +93,7 @@ class MultiPathROIHeads(ProposalMaskROIHeads):
         multipath, box_head = cfg.MODEL.MULTIPATH, cfg.MODEL.ROI_BOX_HEAD
         factors, levels = list(multipath.FOVEAL_FACTORS), list(multipath.LEVELS)
         if len(factors) != len(levels) or not factors:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.MULTIPATH.LEVELS has {len(levels)} lists for {len(factors)} FOVEAL_FACTORS: it needs one for each"
             )
         if multipath.OWN_REGRESSOR_TOWER:

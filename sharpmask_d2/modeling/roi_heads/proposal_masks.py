@@ -8,6 +8,7 @@ from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import BitMasks, ROIMasks
 from torch import Tensor
 
+from ...errors import UserError
 from ...structures import WindowMasks
 
 MASKS = ("proposal", "head", "none")
@@ -135,9 +136,9 @@ def mask_source(cfg) -> str:
     """
     source = cfg.MODEL.SHARPMASK.DETECTION_MASKS
     if source not in MASKS:
-        raise ValueError(f"MODEL.SHARPMASK.DETECTION_MASKS is {source!r}: choose from {MASKS}")
+        raise UserError(f"MODEL.SHARPMASK.DETECTION_MASKS is {source!r}: choose from {MASKS}")
     if source == "head" and not cfg.MODEL.MASK_ON:
-        raise ValueError(
+        raise UserError(
             "MODEL.SHARPMASK.DETECTION_MASKS is 'head': that needs MODEL.MASK_ON, for the masks to train on"
         )
     return source

@@ -10,6 +10,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.poolers import ROIPooler
 from torch import Tensor, nn
 
+from ...errors import UserError
+
 
 def normalize_regions(pooled: Tensor) -> Tensor:
     """Each RoI's map divided by the L2 norm of all its C * P * P values; maps of zeros stay zero.
@@ -56,7 +58,7 @@ class SkipPooler(nn.Module):
         super().__init__()
         unknown = [name for name in levels if name not in input_shape]
         if unknown or not levels:
-            raise ValueError(f"cannot pool {list(levels)}: the backbone's features are {sorted(input_shape)}")
+            raise UserError(f"cannot pool {list(levels)}: the backbone's features are {sorted(input_shape)}")
         self.levels = list(levels) if mix_channels is not None else list(levels[-1:])
         self.poolers = nn.ModuleList(
             ROIPooler(resolution, (1 / input_shape[name].stride,), sampling_ratio, pooler_type) for name in self.levels
