@@ -9,7 +9,6 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data.detection_utils import read_image
 from PIL import Image
 from tqdm import tqdm
 
@@ -17,8 +16,10 @@ from . import __version__, model_zoo
 from .caching import keep_between_images
 from .config import add_sharpmask_config
 from .data.coco import load_images
+from .errors import UserError
 from .failed_images import FailedImages
 from .fingerprint import config_settings, digest_file
+from .images import read_image
 from .model_zoo import DEFAULT
 from .outputs import check_outputs
 from .predictor import ProposalPredictor
@@ -171,7 +172,7 @@ def process_images(
             results = None
             with failed.named(image.image_id, image.path):
                 key = digest_file(image.path)
-                pixels = _read(image.path)
+                pixels = read_image(image.path)
                 results = work(image, pixels)
             if results is None:
                 continue
@@ -182,7 +183,7 @@ def process_images(
             continue
         drawn = False
         with failed.named(image.image_id, image.path, consequence=f"it has no picture {name}"):
-            pixels = _read(image.path) if pixels is None else pixels
+            pixels = read_image(image.path) if pixels is None else pixels
             write_picture(Path(pictures) / name, draw(pixels, writer.results(keys[i])))
             drawn = True
         if drawn:
@@ -201,10 +202,6 @@ def _known_keys(images: list, writer: ProposalWriter) -> dict:
             if key in writer.done:
                 keys[i] = key
     return keys
-
-
-def _read(path: Path) -> np.ndarray:
-    return np.ascontiguousarray(read_image(str(path), format="BGR"))
 
 
 def compute_proposals(

@@ -3,15 +3,24 @@
 Shape letters: H W image.
 """
 
+from pathlib import Path
+from typing import Union
+
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.structures import Instances
+from PIL.Image import Image
 
 from .checkpoint import StrictCheckpointer
 from .engine import ALONE, Trainer
+from .errors import UserError
+from .images import to_pixels
 from .modeling.inference import autocast, prepare_for_inference
+
+# What predictors take; see `images.to_pixels`.
+AnyImage = Union[np.ndarray, str, Path, Image]
 
 
 class ProposalPredictor:
@@ -32,22 +41,23 @@ class ProposalPredictor:
             ValueError: another architecture or dtype, or weights that lack parameters of the model; the message names them.
         """
         if cfg.MODEL.META_ARCHITECTURE not in ALONE:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: a predictor of proposals needs one of {ALONE}"
             )
         self.cfg, self.dtype = cfg, dtype
         self.model, self.resize = _build(cfg, dtype, compiled)
 
-    def __call__(self, image: np.ndarray) -> Instances:
+    def __call__(self, image: AnyImage) -> Instances:
         """
         Args:
-            image: (H, W, 3) uint8 in BGR order, as cv2.imread returns it and Detectron2's DefaultPredictor takes it.
+            image: (H, W, 3) uint8 in BGR order, as cv2.imread returns it and Detectron2's DefaultPredictor takes it; or a grey image, a
+                path or an image of Pillow, see `images.to_pixels`.
 
         Returns:
             Instances, best first, in the frame of the image: proposal_boxes (Boxes), objectness_logits, proposal_masks (WindowMasks).
 
         Raises:
-            ValueError: not a colour image, or one without pixels.
+            ImageError: not such an image, or one without pixels.
         """
         return self.of_batch([image])[0]
 
@@ -62,7 +72,7 @@ class ProposalPredictor:
             one Instances an image, in their order.
 
         Raises:
-            ValueError: one is not a colour image, or has no pixels.
+            ImageError: one is not such an image, or has no pixels.
         """
         inputs = [prepare_image(image, self.resize, self.cfg) for image in images]
         with autocast(self.model.device, self.dtype):
@@ -85,11 +95,11 @@ class DetectionPredictor:
             ValueError: no detector, a detector that waits for precomputed proposals, or weights that lack parameters.
         """
         if cfg.MODEL.META_ARCHITECTURE in ALONE:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, which only makes proposals: a detector is needed"
             )
         if cfg.MODEL.LOAD_PROPOSALS:
-            raise ValueError(
+            raise UserError(
                 "MODEL.LOAD_PROPOSALS: there are no precomputed proposals for new images; set it to False, "
                 "MODEL.PROPOSAL_GENERATOR.NAME to SharpMask, and MODEL.SHARPMASK.GENERATOR.WEIGHTS"
             )
@@ -97,24 +107,19 @@ class DetectionPredictor:
         self.model, self.resize = _build(cfg)
 
     @torch.no_grad()
-    def __call__(self, image: np.ndarray) -> Instances:
+    def __call__(self, image: AnyImage) -> Instances:
         """
         Args:
-            image: (H, W, 3) uint8 in BGR order.
+            image: see `ProposalPredictor`.
 
         Returns:
             Instances, best first, in the frame of the image: pred_boxes, scores, pred_classes and, if the detector has them, pred_masks
             (N, H, W) bool.
 
         Raises:
-            ValueError: not a colour image, or one without pixels.
+            ImageError: not such an image, or one without pixels.
         """
         return self.model([prepare_image(image, self.resize, self.cfg)])[0]["instances"]
-
-
-def _check_image(image: np.ndarray) -> None:
-    if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ValueError(f"expected a colour image of shape (height, width, 3), got {image.shape}")
 
 
 def load_model(cfg: CfgNode) -> torch.nn.Module:
@@ -135,11 +140,11 @@ def _build(cfg: CfgNode, dtype: str = "float32", compiled: bool = False) -> tupl
     return prepare_for_inference(load_model(cfg), dtype, compiled=compiled), resize
 
 
-def prepare_image(image: np.ndarray, resize: ResizeShortestEdge, cfg: CfgNode) -> dict:
+def prepare_image(image: AnyImage, resize: ResizeShortestEdge, cfg: CfgNode) -> dict:
     """What a model takes for an image.
 
     Args:
-        image: (H, W, 3) uint8, BGR.
+        image: see `images.to_pixels`.
         resize: to the size that the model is meant for.
         cfg: for INPUT.FORMAT, the order of the model's channels.
 
@@ -147,9 +152,9 @@ def prepare_image(image: np.ndarray, resize: ResizeShortestEdge, cfg: CfgNode) -
         {"image": (3, h, w) uint8, "height": H, "width": W}.
 
     Raises:
-        ValueError: not a colour image, or one without pixels.
+        ImageError: not such an image, or one without pixels.
     """
-    _check_image(image)
+    image = to_pixels(image)
     resized = resize.get_transform(image).apply_image(image)
     pixels = resized[:, :, ::-1] if cfg.INPUT.FORMAT == "RGB" else resized
     tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

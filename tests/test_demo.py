@@ -133,8 +133,8 @@ def test_predictor_resizes_and_gives_back_the_frame_of_the_image(detector_cfg, c
 
 
 def test_predictor_refuses_what_it_cannot_run(detector_cfg, config_file):
-    with pytest.raises(ValueError, match="colour image"):
-        DetectionPredictor(detector_cfg)(np.zeros((5, 5), dtype=np.uint8))
+    with pytest.raises(ValueError, match="float32"):
+        DetectionPredictor(detector_cfg)(np.zeros((5, 5, 3), dtype=np.float32))
     detector_cfg.MODEL.LOAD_PROPOSALS = True
     with pytest.raises(ValueError, match="LOAD_PROPOSALS"):
         DetectionPredictor(detector_cfg)

@@ -135,9 +135,9 @@ def test_wrong_annotation_files_are_named(tiny_config, tmp_path):
 
 def test_predictor_checks_the_image_and_the_architecture(tiny_cfg):
     predictor = ProposalPredictor(tiny_cfg)
-    with pytest.raises(ValueError, match="colour image"):
-        predictor(np.zeros((5, 5), np.uint8))
-    with pytest.raises(ValueError, match="colour image"):
+    with pytest.raises(ValueError, match="float32"):
+        predictor(np.zeros((5, 5, 3), np.float32))
+    with pytest.raises(ValueError, match="shape"):
         predictor(np.zeros((0, 5, 3), np.uint8))
     cfg = tiny_cfg.clone()
     cfg.defrost()

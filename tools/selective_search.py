@@ -13,6 +13,7 @@ import cv2
 from sharpmask_d2.data.coco import load_images
 from sharpmask_d2.evaluation.proposal_evaluation import write_json
 from sharpmask_d2.failed_images import FailedImages
+from sharpmask_d2.images import read_image
 from sharpmask_d2.outputs import OutputError, check_outputs
 
 
@@ -68,9 +69,7 @@ def main() -> None:
     for done, (record, path) in enumerate(zip(images, paths), start=1):
         boxes = []
         with failed.named(record.id, path):
-            image = cv2.imread(path)
-            if image is None:
-                raise ValueError("it is missing, or no image that OpenCV reads")
+            image = read_image(path)
             started = time.perf_counter()
             boxes = selective_search(image, args.mode)[: args.num_proposals]
             seconds += time.perf_counter() - started

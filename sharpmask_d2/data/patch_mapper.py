@@ -7,8 +7,9 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import configurable
-from detectron2.data import detection_utils
 
+from ..errors import UserError
+from ..images import ImageError, read_image
 from ..modeling.windows import label_rule
 from .objects import ImageObjects, cut_region, large_enough, read_objects, render_mask
 from .window_sampling import WindowSampler
@@ -112,12 +113,12 @@ class PatchMapper:
         """
         name = dataset_dict["file_name"]
         try:
-            image = detection_utils.read_image(name, format=self.image_format)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise OSError(f"cannot read image {dataset_dict.get('image_id')}, {name}: {error}") from error
+            image = read_image(name, format=self.image_format)
+        except ImageError as error:
+            raise OSError(f"cannot read image {dataset_dict.get('image_id')}, {name}: {error.reason}") from error
         expected = dataset_dict.get("height", image.shape[0]), dataset_dict.get("width", image.shape[1])
         if image.shape[:2] != expected:
-            raise ValueError(
+            raise UserError(
                 f"image {dataset_dict.get('image_id')}, {name}, has {image.shape[:2]} pixels (height, width), "
                 f"the dataset says {expected}"
             )
@@ -176,7 +177,7 @@ class PatchMapper:
         """
         # Without any object, Detectron2's mapper leaves the field out.
         if len(instances) and not instances.has("gt_masks"):
-            raise ValueError(
+            raise UserError(
                 "training images come without masks: set MODEL.MASK_ON True, so that Detectron2's mapper loads them"
             )
         boxes = instances.gt_boxes.tensor.cpu().numpy()

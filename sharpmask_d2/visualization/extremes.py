@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
 from ..failed_images import FailedImages
+from ..images import read_image
 from ..structures.coco_masks import to_rle
 from .overlay import draw_masks
 from .pictures import write_picture
@@ -80,7 +80,7 @@ def write_extremes(
         for number, image in enumerate(images, start=1):
             source = Path(image_root) / coco.imgs[image.image_id]["file_name"]
             with failed.named(image.image_id, source, consequence=f"there is no {kind}_{number}.jpg"):
-                pixels = read_image(str(source), format="BGR")
+                pixels = read_image(source)
                 # Colours go by number: what nobody found leaves its colour out.
                 nothing = mask_util.encode(np.zeros(pixels.shape[:2], np.uint8, order="F"))
                 found = [rle or nothing for rle in image.found]
