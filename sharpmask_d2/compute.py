@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 import numpy as np
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from PIL import Image
 from tqdm import tqdm
 
 from . import __version__, model_zoo
 from .caching import keep_between_images
-from .config import add_sharpmask_config
+from .config import merge_options, read_config
 from .data.coco import load_images
-from .errors import UserError
 from .failed_images import FailedImages
 from .fingerprint import config_settings, digest_file
 from .images import read_image
@@ -116,12 +115,12 @@ def build_config(
         weights: instead of MODEL.WEIGHTS.
         num_proposals: instead of MODEL.SHARPMASK.TEST.NUM_PROPOSALS.
         opts: KEY VALUE pairs.
+
+    Raises:
+        UserError: no such model, no config, no such key, or a value of another type.
     """
     if config_file:
-        cfg = get_cfg()
-        add_sharpmask_config(cfg)
-        # Tags in a yaml file that run code are refused.
-        cfg.merge_from_file(config_file, allow_unsafe=False)
+        cfg = read_config(config_file)
         cfg.MODEL.DEVICE = model_zoo.device()
     else:
         cfg = model_zoo.get(model)
@@ -129,7 +128,7 @@ def build_config(
         cfg.MODEL.WEIGHTS = weights
     if num_proposals is not None:
         cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = num_proposals
-    cfg.merge_from_list(list(opts))
+    merge_options(cfg, opts)
     cfg.freeze()
     return cfg
 

@@ -1,6 +1,86 @@
 """Every configuration key that this package adds to Detectron2's, with its default and what it is."""
 
+from typing import Optional
+
+import torch
+import yaml
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+from detectron2.utils.file_io import PathManager
+
+from .errors import UserError
+
+_QUOTES = "'\""
+
+
+def read_config(path: Optional[str] = None, opts: tuple = ()) -> CN:
+    """A config with this package's keys, with the changes of a file and of a command line.
+
+    Args:
+        path: of a yaml.
+        opts: KEY VALUE pairs.
+
+    Raises:
+        UserError: no such file, no yaml, no such key or a value of another type; the message names the file or the key.
+    """
+    cfg = get_cfg()
+    add_sharpmask_config(cfg)
+    if path:
+        merge_file(cfg, path)
+    merge_options(cfg, opts)
+    return cfg
+
+
+def merge_options(cfg: CN, opts: tuple) -> None:
+    """Set KEY VALUE pairs of a command line, in place.
+
+    Raises:
+        UserError: no such key, no value, or one of another type; the message names the key.
+    """
+    try:
+        cfg.merge_from_list(list(opts))
+    # Both are how yacs answers what users type.
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"config: {error}") from error
+
+
+def check_device(cfg: CN) -> None:
+    """
+    Raises:
+        UserError: MODEL.DEVICE is not there.
+    """
+    name = cfg.MODEL.DEVICE
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"MODEL.DEVICE is {name!r}: there is no device of that name; choose cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"MODEL.DEVICE is {name!r}, but torch finds no such GPU: choose another device, such as cpu")
+
+
+def merge_file(cfg: CN, path: str) -> None:
+    """Set what a yaml says, in place.
+
+    Raises:
+        UserError: no such file, no yaml, no such key or a value of another type; the message names the file.
+    """
+    if not PathManager.isfile(path):
+        raise UserError(f"--config-file: there is no file {path}")
+    try:
+        # Tags in a yaml file that run code are refused.
+        cfg.merge_from_file(path, allow_unsafe=False)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no config but binary data: give a yaml file") from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line} is no yaml: {error.problem}") from error
+    # A key that is not there, a value of another type.
+    except (KeyError, ValueError, AssertionError) as error:
+        # A KeyError puts its message into quotes.
+        raise UserError(f"{path}: {str(error).strip(_QUOTES)}") from error
+    # What has no items is merged as if it had.
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{path} is no config: keys and values are expected, as in the files of configs/") from error
 
 
 def add_sharpmask_config(cfg: CN) -> None:

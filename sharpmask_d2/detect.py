@@ -14,6 +14,7 @@ from pycocotools import mask as mask_util
 from . import __version__
 from .caching import keep_between_images
 from .compute import InputImage, build_config, list_inputs, process_images
+from .errors import UserError
 from .fingerprint import config_settings
 from .model_zoo import DEFAULT_DETECTOR
 from .outputs import check_outputs
@@ -129,6 +130,10 @@ def detect(
     keep_between_images()
     images = list_inputs(input)
     cfg = build_config(model=model, config_file=config_file, weights=weights, opts=opts)
+    if not cfg.DATASETS.TRAIN:
+        raise UserError(
+            "DATASETS.TRAIN is empty: it names the data set whose classes the detector knows; choose a detector"
+        )
     metadata = dataset_metadata(cfg.DATASETS.TRAIN[0])
     folder = Path(output)
     check_outputs(

@@ -14,6 +14,7 @@ from detectron2.structures import Instances
 from PIL.Image import Image
 
 from .checkpoint import StrictCheckpointer
+from .config import check_device
 from .engine import ALONE, Trainer
 from .errors import UserError
 from .images import to_pixels
@@ -126,8 +127,10 @@ def load_model(cfg: CfgNode) -> torch.nn.Module:
     """The model of a config with its weights, random where MODEL.WEIGHTS is empty.
 
     Raises:
-        ValueError: weights that lack parameters of the model; the message names them.
+        FileNotFoundError: no such file of weights.
+        UserError: a device that is not there, no checkpoint, or one that lacks parameters of the model; the message names them.
     """
+    check_device(cfg)
     model = Trainer.build_model(cfg)
     if cfg.MODEL.WEIGHTS:
         StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)

@@ -110,7 +110,7 @@ def test_evaluate_proposals_ends_with_a_message(annotations, tmp_path, monkeypat
         proposals.write_text(content)
     with pytest.raises(SystemExit) as ended:
         run_tool(monkeypatch, "evaluate_proposals.py", "--annotations", annotations, "--proposals", proposals)
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     assert message in capsys.readouterr().err
 
 
@@ -176,5 +176,5 @@ def test_selective_search_names_the_missing_package(annotations, tmp_path, monke
     monkeypatch.delattr(cv2, "ximgproc", raising=False)
     with pytest.raises(SystemExit) as ended:
         run_tool(monkeypatch, "selective_search.py", *selective_search_arguments(annotations, tmp_path))
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     assert "opencv-contrib-python-headless" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from detectron2.structures import BoxMode, ImageList, Instances
 from pycocotools import mask as mask_util
 from sharpmask_d2 import compute, model_zoo
 from sharpmask_d2.caching import keep_between_images
+from sharpmask_d2.errors import UserError
 from sharpmask_d2.modeling.inference import autocast, prepare_for_inference
 from sharpmask_d2.modeling.layers import fold_batch_norm
 from sharpmask_d2.predictor import ProposalPredictor
@@ -268,7 +269,7 @@ def test_packaged_models_run(name, dtype):
 
 
 def test_unknown_models_are_answered_with_those_there_are():
-    with pytest.raises(KeyError, match="sharpmask_lite0"):
+    with pytest.raises(UserError, match="sharpmask_lite0"):
         model_zoo.get("sharpmask_lite1")
 
 

@@ -442,5 +442,5 @@ def test_the_tool_ends_with_a_message(tmp_path, monkeypatch, capsys, name):
     _write(tmp_path / "broken.json", "[{")
     with pytest.raises(SystemExit) as ended:
         _run_tool(monkeypatch, "--input", tmp_path / name, "--output", tmp_path / "o.json")
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     assert name in capsys.readouterr().err.splitlines()[-1]

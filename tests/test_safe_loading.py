@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from sharpmask_d2.checkpoint import load_state
+from sharpmask_d2.checkpoint import read_checkpoint
 from sharpmask_d2.compute import build_config
 
 
@@ -43,7 +43,7 @@ def test_a_checkpoint_is_packed_without_running_code(tmp_path, monkeypatch, caps
     assert not (tmp_path / "ran").exists()
     assert not output.exists()
     run_tool(monkeypatch, "package_model.py", tmp_path / "good.pth", "--output", output)
-    assert load_state(output)["a"].tolist() == [1, 1, 1]
+    assert read_checkpoint(output)["model"]["a"].tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("content", [b"", b"text", None, {"model": 5}, {"model": {"a": 5}}, [1]])
@@ -54,10 +54,10 @@ def test_what_is_no_checkpoint_is_named(tmp_path, content):
     else:
         torch.save(content, path)
     with pytest.raises(ValueError, match=r"model\.pth is no checkpoint") as raised:
-        load_state(path)
+        read_checkpoint(path)
     assert "\n" not in str(raised.value)
     with pytest.raises(FileNotFoundError):
-        load_state(tmp_path / "nowhere.pth")
+        read_checkpoint(tmp_path / "nowhere.pth")
 
 
 def test_config_files_do_not_run_code(tmp_path, monkeypatch):

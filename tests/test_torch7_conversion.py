@@ -158,7 +158,7 @@ def run_tool(monkeypatch, *args) -> None:
 )
 def test_the_tool_ends_in_one_line_for_what_is_no_model(tmp_path, monkeypatch, capsys, content, message):
     (tmp_path / "model.t7").write_bytes(content)
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         run_tool(monkeypatch, tmp_path / "model.t7", "--output", tmp_path / "model.pth")
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -19,12 +19,13 @@ number of threads; `sampler` uses one process and one thread, which is what a wo
 """
 
 import argparse
-import sys
+import os
 from pathlib import Path
 
-import sharpmask_d2
+# Read when torch is loaded; see docs/performance.md, "Shared machines".
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch
-from detectron2.config import get_cfg
 from sharpmask_d2 import model_zoo
 from sharpmask_d2.benchmark import (
     ProposalRun,
@@ -38,7 +39,10 @@ from sharpmask_d2.benchmark import (
     time_sampler,
 )
 from sharpmask_d2.caching import keep_between_images
+from sharpmask_d2.command import positive, run
+from sharpmask_d2.config import merge_file, merge_options, read_config
 from sharpmask_d2.engine import ALONE, ARCHITECTURE
+from sharpmask_d2.errors import UserError
 from sharpmask_d2.evaluation.proposal_evaluation import write_json
 from sharpmask_d2.modeling.inference import DTYPES
 from sharpmask_d2.outputs import OutputError, check_outputs
@@ -51,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     sampler = commands.add_parser("sampler", help="patches per second of one worker")
     sampler.add_argument("--annotations", required=True, help="COCO annotation file")
     sampler.add_argument("--image-root", required=True, help="folder of the images")
-    sampler.add_argument("--batches", type=int, default=20, help="timed batches, after one that is not")
+    sampler.add_argument("--batches", type=positive, default=20, help="timed batches, after one that is not")
     proposals = commands.add_parser("proposals", help="seconds and memory per image")
     growth = commands.add_parser("growth", help="seconds per image, as image, scales, proposals and batch grow")
     evaluation = commands.add_parser("evaluation", help="seconds for encoding and evaluating an image's proposals")
@@ -73,17 +77,19 @@ def parse_args() -> argparse.Namespace:
     )
     growth.add_argument("--plot", help="draw the curves into this picture")
     growth.add_argument("--dtype", default="float32", **dtypes)
-    evaluation.add_argument("--num-proposals", type=int, default=1000)
-    evaluation.add_argument("--num-objects", type=int, default=10)
+    evaluation.add_argument("--num-proposals", type=positive, default=1000)
+    evaluation.add_argument("--num-objects", type=positive, default=10)
     proposals.add_argument("--num-proposals", type=int, nargs="+", default=[0], help="default: that of the config")
-    proposals.add_argument("--batch-size", type=int, nargs="+", default=[1], help="images that are measured together")
+    proposals.add_argument(
+        "--batch-size", type=positive, nargs="+", default=[1], help="images that are measured together"
+    )
     detector.add_argument("--weights", help="checkpoint; without it, random weights, whatever the config says")
-    detector.add_argument("--num-proposals", type=int, help="default: that of the config")
+    detector.add_argument("--num-proposals", type=positive, help="default: that of the config")
     detector.add_argument("--dtype", default="float32", **dtypes)
     for command in (proposals, evaluation, training, detector):
-        command.add_argument("--image-size", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
+        command.add_argument("--image-size", type=positive, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
     for command in (proposals, growth, evaluation, training, detector):
-        command.add_argument("--repeat", type=int, default=5, help="timed runs, after one that is not")
+        command.add_argument("--repeat", type=positive, default=5, help="timed runs, after one that is not")
     for command in (sampler, detector):
         command.add_argument("--config-file", help="default: the defaults of sharpmask_d2/config.py")
     for command in commands.choices.values():
@@ -91,8 +97,6 @@ def parse_args() -> argparse.Namespace:
     for command in (sampler, proposals, growth, training, detector):
         command.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values: KEY VALUE ...")
     args = parser.parse_args()
-    if min(getattr(args, "batches", 1), getattr(args, "repeat", 1), *getattr(args, "batch_size", [1])) < 1:
-        parser.error("--batches, --batch-size and --repeat must be at least 1")
     files = getattr(args, "config_file", None)
     if isinstance(files, list) and not files + getattr(args, "model", []):
         parser.error("name a --model or a --config-file")
@@ -109,15 +113,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def setup(config_file: str, opts: list):
-    cfg = get_cfg()
-    sharpmask_d2.add_sharpmask_config(cfg)
+    cfg = read_config()
     # Without a config file it is the network of proposals.
     cfg.MODEL.META_ARCHITECTURE = ARCHITECTURE
     cfg.INPUT.FORMAT = "RGB"
     if config_file:
-        cfg.merge_from_file(config_file)
+        merge_file(cfg, config_file)
     cfg.MODEL.DEVICE = model_zoo.device()
-    cfg.merge_from_list(opts)
+    merge_options(cfg, opts)
     return cfg
 
 
@@ -137,8 +140,8 @@ def benchmark_proposals(args: argparse.Namespace) -> dict:
         for compiled in (False, True)[: 1 + args.compiled]
     ]
     figures = figures_in_turn(runs, args)
-    for run in runs:
-        run.close()
+    for measured in runs:
+        measured.close()
     return figures
 
 
@@ -191,7 +194,9 @@ def read_configs(args: argparse.Namespace) -> list:
     for path in args.config_file:
         configs.append((Path(path).stem, without_weights(setup(path, args.opts))))
     if others := [name for name, cfg in configs if cfg.MODEL.META_ARCHITECTURE not in ALONE]:
-        sys.exit(f"{others} make no proposals alone, their MODEL.META_ARCHITECTURE is none of {ALONE}: see `detector`")
+        raise UserError(
+            f"{others} make no proposals alone, their MODEL.META_ARCHITECTURE is none of {ALONE}: see `detector`"
+        )
     return configs
 
 
@@ -202,7 +207,7 @@ def without_weights(cfg):
 
 
 def merged(cfg, opts: list):
-    cfg.merge_from_list(opts)
+    merge_options(cfg, opts)
     return cfg
 
 
@@ -246,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,8 +10,12 @@ stopped goes on where it was, with the same settings; images that were added, re
 """
 
 import argparse
-import sys
+import os
 
+# Read when torch is loaded; see docs/performance.md, "Shared machines".
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+from sharpmask_d2.command import add_threads_option, positive, run, set_threads
 from sharpmask_d2.compute import DEFAULT, compute_proposals
 from sharpmask_d2.modeling.inference import DTYPES
 
@@ -26,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default=DEFAULT, help="a packaged model; default %(default)s")
     parser.add_argument("--config-file", help="a config instead of a packaged model")
     parser.add_argument("--weights", help="a checkpoint instead of the config's MODEL.WEIGHTS")
-    parser.add_argument("--num-proposals", type=int, help="most proposals of an image")
+    parser.add_argument("--num-proposals", type=positive, help="most proposals of an image")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the network; default %(default)s")
     parser.add_argument(
         "--compile",
@@ -37,6 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--visualize", metavar="DIR", help="write pictures of the best proposals there")
     parser.add_argument("--pkl", metavar="FILE", help="also write Detectron2's precomputed-proposal pickle")
     parser.add_argument("--pkl-masks", action="store_true", help="with masks in it, for detections that keep them")
+    add_threads_option(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the config")
     args = parser.parse_intermixed_args()
     if args.annotations and not args.image_root:
@@ -44,5 +49,11 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def main() -> int:
+    args = vars(parse_args())
+    set_threads(args.pop("threads"))
+    return compute_proposals(**args)
+
+
 if __name__ == "__main__":
-    sys.exit(compute_proposals(**vars(parse_args())))
+    run(main)

@@ -9,10 +9,11 @@ The inputs are JSON chunks (props-1-500.json ...) or .t7 files. A run that was s
 
 import argparse
 
+from sharpmask_d2.command import positive, run
 from sharpmask_d2.published_proposals import convert_proposals
 
 
-def parse_args() -> tuple:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="FILE_OR_DIR", help=".json and .t7 files, or folders"
@@ -21,17 +22,13 @@ def parse_args() -> tuple:
     parser.add_argument("--pkl", metavar="FILE", help="also write Detectron2's precomputed-proposal pickle")
     parser.add_argument("--pkl-masks", action="store_true", help="with masks in it, for detections that keep them")
     parser.add_argument("--annotations", help="a COCO JSON with the ids of the images that .t7 files name")
-    parser.add_argument("--num-proposals", type=int, help="keep so many of an image, the best")
-    return parser, parser.parse_args()
+    parser.add_argument("--num-proposals", type=positive, help="keep so many of an image, the best")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser, args = parse_args()
-    try:
-        convert_proposals(**vars(args))
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
+    convert_proposals(**vars(parse_args()))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,6 +10,7 @@ Nothing in the file is executed.
 import argparse
 
 from sharpmask_d2.checkpoint.torch7_conversion import config_path, convert_torch7, save_torch7_model
+from sharpmask_d2.command import run
 from sharpmask_d2.outputs import check_outputs
 
 
@@ -20,15 +21,12 @@ def main() -> None:
         "--output", required=True, metavar="MODEL.PTH", help="checkpoint; the config gets the suffix .yaml"
     )
     args = parser.parse_args()
-    try:
-        check_outputs({"--output": args.output, "its config": config_path(args.output)}, inputs=[args.model])
-        model = convert_torch7(args.model)
-        config = save_torch7_model(model, args.output)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
+    check_outputs({"--output": args.output, "its config": config_path(args.output)}, inputs=[args.model])
+    model = convert_torch7(args.model)
+    config = save_torch7_model(model, args.output)
     print(f"wrote {len(model.state)} parameters: {args.output}")
     print(f"wrote the config that runs them: {config}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -9,8 +9,12 @@ no other.
 """
 
 import argparse
-import sys
+import os
 
+# Read when torch is loaded; see docs/performance.md, "Shared machines".
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+from sharpmask_d2.command import add_threads_option, run, set_threads
 from sharpmask_d2.data import add_dataset_option, register_datasets
 from sharpmask_d2.detect import DEFAULT_DETECTOR, detect
 
@@ -25,12 +29,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--score-threshold", type=float, default=0.3, help="pictures show what reaches it; default %(default)s"
     )
+    add_threads_option(parser)
     add_dataset_option(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the config")
     return parser.parse_intermixed_args()
 
 
-if __name__ == "__main__":
+def main() -> int:
     args = vars(parse_args())
+    set_threads(args.pop("threads"))
     register_datasets(args.pop("dataset"))
-    sys.exit(detect(**args))
+    return detect(**args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -5,6 +5,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from sharpmask_d2.command import run
 from sharpmask_d2.evaluation.proposal_evaluation import (
     evaluate_proposal_json,
     format_table,
@@ -17,7 +18,7 @@ from sharpmask_d2.outputs import check_outputs
 from sharpmask_d2.visualization import write_extremes
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--annotations", required=True, help="COCO annotation file")
     parser.add_argument("--proposals", required=True, help="COCO result file; without segmentations only boxes count")
@@ -28,27 +29,24 @@ def main() -> None:
     if args.pictures and not args.image_root:
         parser.error("--pictures needs --image-root")
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        coco = load_annotations(args.annotations)
-        check_outputs(
-            {"--output": args.output},
-            inputs=[args.annotations, args.proposals],
-            folders={"--pictures": args.pictures},
-            images=[Path(args.image_root) / i["file_name"] for i in coco.imgs.values()] if args.pictures else [],
-        )
-        metrics = evaluate_proposal_json(coco, args.proposals)
-        print(format_table(metrics))
-        if args.output:
-            write_json(metrics, args.output)
-        if args.pictures:
-            failed = FailedImages()
-            results = load_json(args.proposals)
-            print("\n".join(write_extremes(coco, results, args.image_root, args.pictures, failed=failed)))
-            if failed.status():
-                parser.exit(1)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
+    coco = load_annotations(args.annotations)
+    check_outputs(
+        {"--output": args.output},
+        inputs=[args.annotations, args.proposals],
+        folders={"--pictures": args.pictures},
+        images=[Path(args.image_root) / i["file_name"] for i in coco.imgs.values()] if args.pictures else [],
+    )
+    metrics = evaluate_proposal_json(coco, args.proposals)
+    print(format_table(metrics))
+    if args.output:
+        write_json(metrics, args.output)
+    if not args.pictures:
+        return 0
+    failed = FailedImages()
+    results = load_json(args.proposals)
+    print("\n".join(write_extremes(coco, results, args.image_root, args.pictures, failed=failed)))
+    return failed.status()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

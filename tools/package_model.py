@@ -8,7 +8,8 @@
 import argparse
 from pathlib import Path
 
-from sharpmask_d2.checkpoint import load_state, pack, save_packed
+from sharpmask_d2.checkpoint import pack, read_checkpoint, save_packed
+from sharpmask_d2.command import run
 from sharpmask_d2.outputs import check_outputs
 
 
@@ -17,14 +18,11 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", help="checkpoints of tools/train_net.py")
     parser.add_argument("--output", required=True, help="file to write")
     args = parser.parse_args()
-    try:
-        check_outputs({"--output": args.output}, inputs=args.checkpoints)
-        packed = pack([load_state(path) for path in args.checkpoints])
-        save_packed(packed, args.output)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
+    check_outputs({"--output": args.output}, inputs=args.checkpoints)
+    packed = pack([read_checkpoint(path)["model"] for path in args.checkpoints])
+    save_packed(packed, args.output)
     print(f"wrote {len(packed)} parameters, {Path(args.output).stat().st_size / 1e6:.1f} MB: {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

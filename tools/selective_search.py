@@ -10,11 +10,13 @@ import os
 import time
 
 import cv2
+from sharpmask_d2.command import positive, run
 from sharpmask_d2.data.coco import load_images
+from sharpmask_d2.errors import UserError
 from sharpmask_d2.evaluation.proposal_evaluation import write_json
 from sharpmask_d2.failed_images import FailedImages
 from sharpmask_d2.images import read_image
-from sharpmask_d2.outputs import OutputError, check_outputs
+from sharpmask_d2.outputs import check_outputs
 
 
 def selective_search(image, mode: str):
@@ -36,33 +38,22 @@ def selective_search(image, mode: str):
     return search.process()
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--annotations", required=True, help="COCO annotation file; only its list of images is used")
     parser.add_argument("--image-root", required=True, help="folder of the images")
     parser.add_argument("--output", required=True, help="the COCO result JSON to write")
     parser.add_argument("--mode", choices=("fast", "quality"), default="fast")
-    parser.add_argument("--num-proposals", type=int, default=1000, help="at most this many boxes an image")
+    parser.add_argument("--num-proposals", type=positive, default=1000, help="at most this many boxes an image")
     parser.add_argument("--num-threads", type=int, default=1, help="threads of OpenCV")
     args = parser.parse_args()
-    if args.num_proposals < 1:
-        parser.error("--num-proposals must be at least 1")
     if not hasattr(cv2, "ximgproc"):
-        parser.exit(
-            1,
-            "This OpenCV has no cv2.ximgproc: install opencv-contrib-python-headless in place of it\n",
-        )
+        raise UserError("This OpenCV has no cv2.ximgproc: install opencv-contrib-python-headless in place of it")
     cv2.setNumThreads(args.num_threads)
 
-    try:
-        images = load_images(args.annotations)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
+    images = load_images(args.annotations)
     paths = [os.path.join(args.image_root, record.file_name) for record in images]
-    try:
-        check_outputs({"--output": args.output}, inputs=[args.annotations], images=paths)
-    except OutputError as error:
-        parser.error(str(error))
+    check_outputs({"--output": args.output}, inputs=[args.annotations], images=paths)
     results = []
     seconds = 0.0
     failed = FailedImages()
@@ -85,9 +76,8 @@ def main() -> None:
         )
         print(f"{done}/{len(images)} images, {seconds / done:.2f} s an image, {len(boxes)} boxes", flush=True)
     write_json(results, args.output)
-    if failed.status():
-        parser.exit(1)
+    return failed.status()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

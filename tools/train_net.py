@@ -10,15 +10,21 @@ detectors, of boxes and of masks where they have some, and the AR of the proposa
 
 import argparse
 
-import sharpmask_d2
+import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
+
+# isort: split
+
 import torch
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from sharpmask_d2.checkpoint import StrictCheckpointer
-from sharpmask_d2.data import add_dataset_option, register_datasets
+from sharpmask_d2.command import run
+from sharpmask_d2.config import check_device, merge_options, read_config
+from sharpmask_d2.data import add_dataset_option, check_datasets, register_datasets
 from sharpmask_d2.engine import Trainer
+from sharpmask_d2.errors import UserError
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,13 +37,13 @@ def evaluate(cfg, *, resume: bool) -> dict:
     """Print and return the figures of MODEL.WEIGHTS, or with `resume` of the last checkpoint in OUTPUT_DIR.
 
     Raises:
-        ValueError: neither is there, or the weights are of another model.
+        UserError: neither is there, or the weights are of another model.
     """
     model = Trainer.build_model(cfg)
     # A checkpoint of another model would give figures that mean nothing.
     checkpointer = StrictCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
-        raise ValueError(
+        raise UserError(
             "--eval-only: there are no weights to evaluate; give a checkpoint, MODEL.WEIGHTS model_final.pth"
         )
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
@@ -50,16 +56,21 @@ def evaluate(cfg, *, resume: bool) -> dict:
     return {name: {**results[name], **recall[name]} for name in results}
 
 
-def main(args: argparse.Namespace):
-    register_datasets(args.dataset)
-    cfg = get_cfg()
-    sharpmask_d2.add_sharpmask_config(cfg)
-    # Tags in a yaml file that run code are refused.
-    cfg.merge_from_file(args.config_file, allow_unsafe=False)
+def build_config(args: argparse.Namespace) -> CfgNode:
+    if not args.config_file:
+        raise UserError("--config-file is missing: configs/ has one for each model")
+    cfg = read_config(args.config_file)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    cfg.merge_from_list(args.opts)
+    merge_options(cfg, args.opts)
+    check_device(cfg)
     cfg.freeze()
+    return cfg
+
+
+def train_or_evaluate(args: argparse.Namespace, cfg: CfgNode):
+    """What each process does."""
+    register_datasets(args.dataset)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sharpmask_d2")
     if args.eval_only:
@@ -69,6 +80,27 @@ def main(args: argparse.Namespace):
     return trainer.train()
 
 
-if __name__ == "__main__":
+def main() -> None:
     args = parse_args()
-    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+    # Before there are other processes, whose errors come with tracebacks.
+    cfg = build_config(args)
+    register_datasets(args.dataset)
+    if not args.eval_only:
+        check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+    if args.eval_only or cfg.DATASETS.TEST:
+        check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
+    gpus = torch.cuda.device_count()
+    if args.num_gpus > max(gpus, 1):
+        raise UserError(f"--num-gpus is {args.num_gpus}, but torch finds {gpus}")
+    launch(
+        train_or_evaluate,
+        args.num_gpus,
+        args.num_machines,
+        args.machine_rank,
+        args.dist_url,
+        args=(args, cfg),
+    )
+
+
+if __name__ == "__main__":
+    run(main)

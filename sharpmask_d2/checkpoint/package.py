@@ -1,45 +1,12 @@
 """Packing trained checkpoints into one small file."""
 
 import io
-import os
 import zipfile
-from typing import Union
 
 import torch
 from torch import Tensor
 
 from ..outputs import open_output
-
-
-def load_state(path: Union[str, os.PathLike]) -> dict:
-    """The parameters in a checkpoint of tools/train_net.py; nothing in the file is executed.
-
-    Args:
-        path: .pth file.
-
-    Returns:
-        name -> tensor, on the CPU.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is no checkpoint, or holds more than tensors and plain values.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    # Of a file that is something else torch raises whatever its reader runs into, such as IndexError.
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"{os.fspath(path)} is no checkpoint that can be loaded safely, see SECURITY.md: {reason[0]}"
-        ) from error
-    state = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(
-            f"{os.fspath(path)} is no checkpoint of tools/train_net.py: it has no parameters by name under 'model'"
-        )
-    return state
 
 
 def pack(states: list) -> dict:

@@ -1,8 +1,8 @@
 """Loading a checkpoint that has to be complete."""
 
-from .safe import SafeCheckpointer, list_names
-
 from ..errors import UserError
+from .read import read_checkpoint
+from .safe import SafeCheckpointer, list_names
 
 
 class StrictCheckpointer(SafeCheckpointer):
@@ -18,7 +18,7 @@ class StrictCheckpointer(SafeCheckpointer):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a checkpoint, one of another model, or one with numbers that are not finite; the message names the file and the
+            UserError: not a checkpoint, one of another model, or one with numbers that are not finite; the message names the file and the
                 parameters.
         """
         try:
@@ -31,10 +31,7 @@ class StrictCheckpointer(SafeCheckpointer):
             ) from None
 
     def _load_file(self, filename: str):
-        loaded = super()._load_file(filename)
-        if not isinstance(loaded.get("model"), dict):
-            raise UserError(f"{filename} is not a checkpoint of Detectron2: it holds no parameters by name")
-        return loaded
+        return read_checkpoint(filename, super()._load_file)
 
     def _load_model(self, checkpoint):
         incompatible = super()._load_model(checkpoint)

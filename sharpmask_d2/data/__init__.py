@@ -1,4 +1,4 @@
-from .datasets import add_dataset_option, register_datasets
+from .datasets import add_dataset_option, check_datasets, register_datasets
 from .loader import build_patch_test_loader, build_patch_train_loader
 from .patch_mapper import PatchMapper
 from .proposal_mapper import (
@@ -23,6 +23,7 @@ __all__ = [
     "build_proposal_test_loader",
     "build_proposal_train_loader",
     "build_resumable_train_loader",
+    "check_datasets",
     "load_proposal_masks",
     "register_datasets",
 ]

@@ -6,6 +6,7 @@ from functools import partial
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..errors import UserError
 from .coco import load_records
 
 
@@ -19,6 +20,22 @@ def add_dataset_option(parser: argparse.ArgumentParser) -> None:
         metavar=("NAME", "JSON", "IMAGE_ROOT"),
         help="register a dataset in COCO format; repeatable",
     )
+
+
+def check_datasets(key: str, names: tuple) -> None:
+    """
+    Args:
+        key: of the config.
+        names: what it names.
+
+    Raises:
+        UserError: there are no names, or one is not registered.
+    """
+    if not names:
+        raise UserError(f"{key} is empty: name a data set there, and register it with --dataset NAME JSON IMAGE_ROOT")
+    for name in names:
+        if name not in DatasetCatalog:
+            raise UserError(f"{key}: there is no data set {name!r}: register it with --dataset NAME JSON IMAGE_ROOT")
 
 
 def register_datasets(datasets: list) -> None:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
-from ..config import add_sharpmask_config
+from ..config import read_config
+from ..errors import UserError
 
 _WEIGHTS = {
     "sharpmask_fpn_lite0": "sharpmask_fpn_lite0.pth",
@@ -34,14 +35,12 @@ def get(name: str = DEFAULT) -> CfgNode:
         a config whose MODEL.WEIGHTS is the packaged file; MODEL.DEVICE is "cuda" where there is one, else "cpu".
 
     Raises:
-        KeyError: no such model; the message lists those there are.
+        UserError: no such model; the message lists those there are.
     """
     if name not in _WEIGHTS:
-        raise KeyError(f"there is no packaged model {name!r}: choose from {names()}")
+        raise UserError(f"there is no packaged model {name!r}: choose from {names()}")
     folder = Path(__file__).parent
-    cfg = get_cfg()
-    add_sharpmask_config(cfg)
-    cfg.merge_from_file(str(folder / f"{name}.yaml"))
+    cfg = read_config(str(folder / f"{name}.yaml"))
     cfg.MODEL.WEIGHTS = str(folder / _WEIGHTS[name])
     cfg.MODEL.DEVICE = device()
     return cfg

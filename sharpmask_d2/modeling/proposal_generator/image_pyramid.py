@@ -52,11 +52,13 @@ class ImagePyramid(nn.Module):
             windows_per_batch: windows refined at a time.
 
         Raises:
-            ValueError: a threshold outside 0..1 or a grid stride that does not divide the network's.
+            ValueError: a threshold outside 0..1, less than one proposal, or a grid stride that does not divide the network's.
         """
         super().__init__()
         if not 0 < mask_threshold < 1:
             raise UserError(f"MODEL.SHARPMASK.TEST.MASK_THRESHOLD is {mask_threshold}: it must lie between 0 and 1")
+        if num_proposals < 1:
+            raise UserError(f"MODEL.SHARPMASK.TEST.NUM_PROPOSALS is {num_proposals}: it must be at least 1")
         self.network = network
         self.exponents = list(exponents)
         self.shifts = grid_shifts(network.stride, grid_stride)

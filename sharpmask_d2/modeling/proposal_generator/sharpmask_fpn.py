@@ -106,11 +106,13 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
             frozen: no losses, no gradients.
 
         Raises:
-            ValueError: a threshold outside 0..1.
+            ValueError: a threshold outside 0..1, or less than one proposal.
         """
         super().__init__()
         if not 0 < mask_threshold < 1:
             raise UserError(f"MODEL.SHARPMASK.TEST.MASK_THRESHOLD is {mask_threshold}: it must lie between 0 and 1")
+        if num_proposals < 1:
+            raise UserError(f"MODEL.SHARPMASK.TEST.NUM_PROPOSALS is {num_proposals}: it must be at least 1")
         self.in_features = list(in_features)
         self.geometry, self.sampler = geometry, sampler
         self.scores, self.decoder = scores, decoder
