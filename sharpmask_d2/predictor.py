@@ -13,6 +13,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.structures import Instances
 from PIL.Image import Image
 
+from .caching import bound_kept_memory
 from .checkpoint import StrictCheckpointer
 from .config import check_device
 from .engine import ALONE, Trainer
@@ -77,7 +78,9 @@ class ProposalPredictor:
         """
         inputs = [prepare_image(image, self.resize, self.cfg) for image in images]
         with autocast(self.model.device, self.dtype):
-            return [output["proposals"] for output in self.model(inputs)]
+            proposals = [output["proposals"] for output in self.model(inputs)]
+        bound_kept_memory()
+        return proposals
 
 
 class DetectionPredictor:
@@ -120,7 +123,9 @@ class DetectionPredictor:
         Raises:
             ImageError: not such an image, or one without pixels.
         """
-        return self.model([prepare_image(image, self.resize, self.cfg)])[0]["instances"]
+        (output,) = self.model([prepare_image(image, self.resize, self.cfg)])
+        bound_kept_memory()
+        return output["instances"]
 
 
 def load_model(cfg: CfgNode) -> torch.nn.Module:

@@ -348,6 +348,26 @@ print(resident() - before)
     assert (grown > 350) == keep
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_no_more_freed_memory_is_kept_than_asked_for():
+    program = """
+import re, torch
+from sharpmask_d2.caching import bound_kept_memory, keep_between_images
+resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
+keep_between_images(100 << 20)
+before = resident()
+for megabytes in (2, 15):
+    # Every other one is freed, so that the end of the heap stays in use.
+    blocks = [torch.ones(megabytes, 2**18) for _ in range(20)][::2]
+    bound_kept_memory()
+    print(resident() - before - 10 * megabytes)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    below, above = map(int, done.stdout.split())
+    assert below > 15
+    assert above < 15
+
+
 @pytest.mark.parametrize(("set_before", "expected"), [(None, "8192"), ("77", "77")])
 def test_more_kernels_are_kept_unless_somebody_said_how_many(monkeypatch, set_before, expected):
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
