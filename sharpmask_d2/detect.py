@@ -33,7 +33,7 @@ def dataset_metadata(name: str):
         # Datasets in COCO format learn their classes when they are read.
         DatasetCatalog.get(name)
     if not metadata.get("thing_classes"):
-        raise ValueError(f"DATASETS.TRAIN: the classes of {name!r} are not known: register it with --dataset")
+        raise UserError(f"DATASETS.TRAIN: the classes of {name!r} are not known: register it with --dataset")
     return metadata
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Optional, Union
 
+from .errors import UserError
+
 try:
     import fcntl
 except ImportError:  # Windows, where runs do not exclude each other
@@ -18,7 +20,7 @@ __all__ = ["OutputError", "check_outputs", "open_locked", "open_output", "write_
 _TEMPORARY, PARTIAL = ".tmp", ".partial"
 
 
-class OutputError(ValueError):
+class OutputError(UserError):
     """A path that cannot or must not be written; the message names it and says what to do."""
 
 

@@ -16,6 +16,7 @@ from typing import Optional
 import numpy as np
 from detectron2.structures import BoxMode, Instances
 
+from .errors import UserError
 from .fingerprint import changed_settings
 from .outputs import PARTIAL, OutputError, open_locked, open_output
 
@@ -270,7 +271,7 @@ def write_pickle(entries, path: str, *, masks: bool = False) -> None:
             try:
                 joined.append(join_rles([r.get("segmentation") for r in results]))
             except ValueError as error:
-                raise ValueError(f"{path}: image {entry['image_id']}: {error}") from None
+                raise UserError(f"{path}: image {entry['image_id']}: {error}") from None
     if masks:
         content["masks"] = joined
     with open_output(path) as out:
@@ -291,9 +292,9 @@ def join_rles(rles: list) -> dict:
     """
     for i, rle in enumerate(rles):
         if not isinstance(rle, dict) or not isinstance(rle.get("counts"), (str, bytes)):
-            raise ValueError(f"segmentation {i} is no compressed COCO RLE: encode it with pycocotools")
+            raise UserError(f"segmentation {i} is no compressed COCO RLE: encode it with pycocotools")
         if list(rle["size"]) != list(rles[0]["size"]):
-            raise ValueError(f"segmentation {i} has the size {list(rle['size'])}, the first {list(rles[0]['size'])}")
+            raise UserError(f"segmentation {i} has the size {list(rle['size'])}, the first {list(rles[0]['size'])}")
     counts = (rle["counts"] for rle in rles)
     return {
         "size": list(rles[0]["size"]) if rles else None,

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .checkpoint.torch7_reader import Table, read_torch7
 from .data.coco import AnnotationError, load_images
+from .errors import UserError
 from .fingerprint import digest_file
 from .outputs import check_outputs
 from .proposal_files import ProposalWriter
@@ -80,7 +81,7 @@ def read_proposals(path: Union[str, Path], image_ids: Optional[dict] = None) -> 
     seen = set()
     for image_id, results in _reader(path)(path, image_ids):
         if image_id in seen:
-            raise ValueError(
+            raise UserError(
                 f"{path}: image {image_id} comes a second time: the results of an image have to stand together"
             )
         seen.add(image_id)
@@ -113,7 +114,7 @@ def convert_proposals(
             file of another run.
     """
     if num_proposals is not None and num_proposals < 1:
-        raise ValueError(f"--num-proposals must be at least 1, not {num_proposals}")
+        raise UserError(f"--num-proposals must be at least 1, not {num_proposals}")
     files = list_files(input)
     check_outputs({"--output": output, "--pkl": pkl}, inputs=[annotations, *files])
     image_ids = _annotated_ids(annotations) if annotations else None
@@ -140,13 +141,13 @@ def _read_all(files: list, image_ids: Optional[dict]) -> Iterator[tuple]:
     for path in files:
         for image_id, results in read_proposals(path, image_ids):
             if image_id in sources:
-                raise ValueError(f"{path}: image {image_id} is in {sources[image_id]} too: give only one of the files")
+                raise UserError(f"{path}: image {image_id} is in {sources[image_id]} too: give only one of the files")
             sources[image_id] = path
             if results:
                 found = "segments" if "segmentation" in results[0] else "boxes"
                 kind = kind or found
                 if found != kind:
-                    raise ValueError(
+                    raise UserError(
                         f"{path}: image {image_id} has {found}, those before it have {kind}: convert these files separately"
                     )
             yield image_id, results
@@ -154,7 +155,7 @@ def _read_all(files: list, image_ids: Optional[dict]) -> Iterator[tuple]:
 
 def _reader(path: Path):
     if path.suffix.lower() not in _READERS:
-        raise ValueError(f"{path} is neither a .json nor a .t7 file")
+        raise UserError(f"{path} is neither a .json nor a .t7 file")
     return _READERS[path.suffix.lower()]
 
 
@@ -186,7 +187,7 @@ def _read_json(path: Path, image_ids: Optional[dict]) -> Iterator[tuple]:
             rles = _checked_rles(rles, f"{path}: image {image_id}")
             boxes = mask_util.toBbox(rles).tolist()
         else:
-            raise ValueError(f"{path}: only some results of image {image_id} have a segmentation")
+            raise UserError(f"{path}: only some results of image {image_id} have a segmentation")
         results = [
             {"image_id": image_id, "category_id": 1, "bbox": box, "score": element["score"]}
             for element, box in zip(elements, boxes)
@@ -200,19 +201,19 @@ def _checked_elements(path: Path) -> Iterator[dict]:
     """The results in a chunk, each with an image_id, a score, and a bbox or a segmentation."""
     for number, element in enumerate(_elements(path)):
         if not isinstance(element, dict):
-            raise ValueError(f"{path}: result {number} is not a COCO result but {str(element)[:40]!r}")
+            raise UserError(f"{path}: result {number} is not a COCO result but {str(element)[:40]!r}")
         image_id = element.get("image_id")
         if not isinstance(image_id, (int, str)):
-            raise ValueError(f"{path}: result {number} has no image_id that is a whole number or text")
+            raise UserError(f"{path}: result {number} has no image_id that is a whole number or text")
         score = element.get("score")
         if not (isinstance(score, (int, float)) and 0 <= score <= 1):
             fault = f"score {score!r}, not a probability in 0..1" if "score" in element else "no score"
-            raise ValueError(f"{path}: result {number}, of image {image_id}, has {fault}")
+            raise UserError(f"{path}: result {number}, of image {image_id}, has {fault}")
         if "segmentation" not in element:
             if "bbox" not in element:
-                raise ValueError(f"{path}: result {number}, of image {image_id}, has neither bbox nor segmentation")
+                raise UserError(f"{path}: result {number}, of image {image_id}, has neither bbox nor segmentation")
             if not _is_box(element["bbox"]):
-                raise ValueError(
+                raise UserError(
                     f"{path}: result {number}, of image {image_id}, has bbox {element['bbox']!r}, not x, y, width, height"
                 )
         yield element
@@ -235,7 +236,7 @@ def _elements(path: Path) -> Iterator:
         text, passed = file.read(_PIECE), 0
         at = _SPACE.match(text).end()
         if text[at : at + 1] != "[":
-            raise ValueError(f"{path} is not a JSON list of COCO results: it does not begin with '['")
+            raise UserError(f"{path} is not a JSON list of COCO results: it does not begin with '['")
         at, separator = at + 1, "["
         while separator != "]":
             try:
@@ -247,28 +248,28 @@ def _elements(path: Path) -> Iterator:
                 after = _SPACE.match(text, after).end()
                 separator = text[after]
             except RecursionError:
-                raise ValueError(f"{path} is not a JSON list of COCO results: it is nested too deeply") from None
+                raise UserError(f"{path} is not a JSON list of COCO results: it is nested too deeply") from None
             except (ValueError, IndexError) as error:
                 if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
                     # A number of thousands of digits.
-                    raise ValueError(f"{path} is not a JSON list of COCO results: {error}") from error
+                    raise UserError(f"{path} is not a JSON list of COCO results: {error}") from error
                 # At the end of what was read so far, the element may go on.
                 more = file.read(_PIECE + len(text) - at)
                 if not more:
                     place, reason = (error.pos, error.msg) if isinstance(error, ValueError) else (len(text), "it ends")
-                    raise ValueError(
+                    raise UserError(
                         f"{path} is not whole JSON: {reason} at character {passed + place}; was it downloaded or copied completely?"
                     ) from error
                 text, passed, at = text[at:] + more, passed + at, 0
                 continue
             if separator not in ",]":
-                raise ValueError(
+                raise UserError(
                     f"{path} is not JSON: {separator!r} instead of ',' or ']' at character {passed + after}"
                 )
             yield element
             at = after + 1
         if (text[at:] + file.read()).strip():
-            raise ValueError(f"{path} is not JSON: the list ends at character {passed + at}, but not the file")
+            raise UserError(f"{path} is not JSON: the list ends at character {passed + at}, but not the file")
 
 
 def _checked_rles(segmentations: list, where: str) -> list:
@@ -276,18 +277,18 @@ def _checked_rles(segmentations: list, where: str) -> list:
     rles = []
     for segmentation in segmentations:
         if not isinstance(segmentation, dict):
-            raise ValueError(f"{where} has a segmentation that is not RLE, a dict of size and counts")
+            raise UserError(f"{where} has a segmentation that is not RLE, a dict of size and counts")
         counts = segmentation.get("counts", segmentation.get("count"))
         if not isinstance(counts, str) or not counts:
-            raise ValueError(f"{where} has an RLE without counts as text: only compressed RLE is read")
+            raise UserError(f"{where} has an RLE without counts as text: only compressed RLE is read")
         size = segmentation.get("size")
         if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
-            raise ValueError(f"{where} has an RLE with size {size!r}, not height and width")
+            raise UserError(f"{where} has an RLE with size {size!r}, not height and width")
         rles.append({"size": size, "counts": counts})
     bad = np.flatnonzero(count_pixels([rle["counts"] for rle in rles]) != [math.prod(rle["size"]) for rle in rles])
     if len(bad):
         rle = rles[bad[0]]
-        raise ValueError(
+        raise UserError(
             f"{where} has a broken RLE: counts {rle['counts'][:20]!r}... do not fill an image of {rle['size'][0]} x {rle['size'][1]} pixels"
         )
     return rles
@@ -299,11 +300,11 @@ def _checked_rles(segmentations: list, where: str) -> list:
 def _read_torch7(path: Path, image_ids: Optional[dict]) -> Iterator[tuple]:
     content = read_torch7(path)
     if not isinstance(content, Table):
-        raise ValueError(f"{path} does not hold a table of images and boxes")
+        raise UserError(f"{path} does not hold a table of images and boxes")
     names, boxes = _list_of(content, "images", path), _list_of(content, "boxes", path)
     scores = _list_of(content, "scores", path) if "scores" in content else [None] * len(boxes)
     if not len(names) == len(boxes) == len(scores):
-        raise ValueError(
+        raise UserError(
             f"{path}: images, boxes and scores are of different length: {len(names)}, {len(boxes)} and {len(scores)}"
         )
     for name, image_boxes, image_scores in zip(names, boxes, scores):
@@ -321,24 +322,24 @@ def _read_torch7(path: Path, image_ids: Optional[dict]) -> Iterator[tuple]:
 
 def _list_of(content: Table, key: str, path: Path) -> list:
     if key not in content:
-        raise ValueError(f"{path} has no {key}; proposals have images and boxes, it has {sorted(map(str, content))}")
+        raise UserError(f"{path} has no {key}; proposals have images and boxes, it has {sorted(map(str, content))}")
     values = content[key].sequence() if isinstance(content[key], Table) else []
     if not isinstance(content[key], Table) or len(values) != len(content[key]):
-        raise ValueError(f"{path}: {key} is not a list without gaps")
+        raise UserError(f"{path}: {key} is not a list without gaps")
     return values
 
 
 def _image_id(name, image_ids: Optional[dict], path: Path):
     if not isinstance(name, str):
-        raise ValueError(f"{path}: images has {name!r} where a file name is expected")
+        raise UserError(f"{path}: images has {name!r} where a file name is expected")
     name = PurePosixPath(name)
     if image_ids is not None:
         if name.name not in image_ids:
-            raise ValueError(f"{path}: image {name} is not in the annotations")
+            raise UserError(f"{path}: image {name} is not in the annotations")
         return image_ids[name.name]
     number = re.search(r"[0-9]+$", name.stem)
     if number is None:
-        raise ValueError(f"{path}: the name of image {name} does not end in its id: give --annotations to look it up")
+        raise UserError(f"{path}: the name of image {name} does not end in its id: give --annotations to look it up")
     return int(number.group())
 
 
@@ -349,12 +350,12 @@ def _xywh(boxes, where: str) -> np.ndarray:
         boxes = boxes.reshape(0, 4)
     if not isinstance(boxes, np.ndarray) or boxes.ndim != 2 or boxes.shape[1] != 4:
         found = f"shape {boxes.shape}" if isinstance(boxes, np.ndarray) else f"type {type(boxes).__name__}"
-        raise ValueError(f"{where}: boxes are of {found}, a tensor of (N, 4) is expected")
+        raise UserError(f"{where}: boxes are of {found}, a tensor of (N, 4) is expected")
     y1, x1, y2, x2 = boxes.astype(np.float64).T
     converted = np.stack([x1, y1, x2 - x1, y2 - y1], axis=1)
     bad = np.flatnonzero(~(np.isfinite(converted).all(axis=1) & (converted[:, 2:] >= 0).all(axis=1)))
     if len(bad):
-        raise ValueError(
+        raise UserError(
             f"{where}: box {bad[0] + 1} is {boxes[bad[0]].tolist()}; y1, x1, y2, x2 are expected, y1 <= y2, x1 <= x2"
         )
     return converted
@@ -364,11 +365,11 @@ def _scores(scores, count: int, where: str) -> np.ndarray:
     """(N,) or (N, 1) probabilities as (N,) float64."""
     if not isinstance(scores, np.ndarray) or scores.size != count:
         found = str(scores.size) if isinstance(scores, np.ndarray) else f"type {type(scores).__name__}"
-        raise ValueError(f"{where}: {found} scores for {count} boxes")
+        raise UserError(f"{where}: {found} scores for {count} boxes")
     scores = scores.reshape(-1).astype(np.float64)
     bad = scores[~((scores >= 0) & (scores <= 1))]
     if len(bad):
-        raise ValueError(f"{where}: score {bad[0]} is not a probability in 0..1")
+        raise UserError(f"{where}: score {bad[0]} is not a probability in 0..1")
     return scores
 
 

@@ -6,6 +6,7 @@ import zipfile
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..outputs import open_output
 
 
@@ -26,7 +27,7 @@ def pack(states: list) -> dict:
         for name, value in state.items():
             half = _halve(name, value)
             if name in packed and not torch.equal(packed[name], half):
-                raise ValueError(f"the models do not belong together: {name} differs")
+                raise UserError(f"the models do not belong together: {name} differs")
             packed[name] = half
     return packed
 
@@ -57,5 +58,5 @@ def _halve(name: str, value: Tensor) -> Tensor:
         return value
     half = value.half()
     if not half.isfinite().all():
-        raise ValueError(f"{name} has values that float16 cannot hold")
+        raise UserError(f"{name} has values that float16 cannot hold")
     return half.contiguous()

@@ -1,5 +1,6 @@
 """Checkpoints that a training can be resumed from: whole or not there, and finite."""
 
+import io
 import os
 import pickle
 from contextlib import contextmanager
@@ -7,6 +8,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+
+from ..errors import UserError
+from ..outputs import open_output
 
 # Names of parameters that an error lists.
 _SHOWN = 4
@@ -40,7 +44,7 @@ def check_finite(state: dict, path: str) -> None:
         ValueError: a NaN or an infinite number; the message names the file and the parameters.
     """
     if names := find_not_finite(state):
-        raise ValueError(
+        raise UserError(
             f"{path}: {list_names(names)}: not finite (NaN or infinite numbers); the training that wrote this file has diverged, "
             "take an earlier checkpoint"
         )
@@ -154,14 +158,12 @@ class _WholeFiles:
 
 @contextmanager
 def _write_whole(path: str, mode: str, options: dict):
-    partial = f"{path}.partial"
-    try:
-        with open(partial, mode, **options) as file:
+    with open_output(path) as file:
+        if "b" in mode:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        if os.path.exists(partial):
-            os.remove(partial)
-        raise
+        else:
+            text = io.TextIOWrapper(file, **options)
+            yield text
+            text.flush()
+            # The file is closed where it was opened.
+            text.detach()

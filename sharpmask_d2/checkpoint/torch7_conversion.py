@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..config import add_sharpmask_config
 from ..engine import ARCHITECTURE
+from ..errors import UserError
 from ..outputs import open_output, write_output
 from .torch7_reader import Table, TorchObject, read_torch7
 
@@ -51,7 +52,7 @@ _FROZEN_EPS = 1e-5
 _MAX_DEPTH, _MAX_MODULES = 50, 10_000
 
 
-class ConversionError(ValueError):
+class ConversionError(UserError):
     """A Torch7 file that does not hold a DeepMask or SharpMask of the published structure; the message names the place."""
 
 
@@ -523,7 +524,7 @@ def config_path(output: Union[str, Path]) -> Path:
         ValueError: the name of the checkpoint does not end in .pth.
     """
     if Path(output).suffix != ".pth":
-        raise ValueError(f"--output {output}: the name of a checkpoint ends in .pth")
+        raise UserError(f"--output {output}: the name of a checkpoint ends in .pth")
     return Path(output).with_suffix(".yaml")
 
 

@@ -13,6 +13,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 
+from ..errors import UserError
 from ..structures.coco_masks import MaskError, check_masks
 
 # Beyond this COCO's evaluation counts an object in no range of sizes.
@@ -21,7 +22,7 @@ _MAX_COORDINATE = 1e10
 _MEND = "correct the annotation or remove it"
 
 
-class AnnotationError(ValueError):
+class AnnotationError(UserError):
     """A COCO annotation file that cannot be used.
 
     The message is one line: the file, the image or annotation, the field that is wrong, and what to do.
@@ -46,10 +47,10 @@ def load_json(path: Union[str, os.PathLike]):
         try:
             return json.load(file)
         except RecursionError:
-            raise ValueError(f"{os.fspath(path)} is not JSON of any use here: it is nested too deeply") from None
+            raise UserError(f"{os.fspath(path)} is not JSON of any use here: it is nested too deeply") from None
         # Also what is not text, and a number of thousands of digits.
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from error
+            raise UserError(f"{os.fspath(path)} is not JSON: {error}") from error
 
 
 def load_images(path: Union[str, os.PathLike]) -> list[ListedImage]:

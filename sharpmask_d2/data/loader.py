@@ -10,6 +10,7 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+from ..errors import UserError
 from .patch_mapper import PatchMapper
 from .resumable import BatchStream, ResumableLoader, share_batch, single_threaded_loader
 
@@ -34,7 +35,7 @@ class PatchBatches(BatchStream):
         self.images_per_batch, self.seed, self.rank = images_per_batch, seed, comm.get_rank()
         weights = np.array([mapper.weights(mapper.objects(d)).sum() for d in dicts], dtype=np.float64)
         if not weights.any():
-            raise ValueError(
+            raise UserError(
                 "no image of DATASETS.TRAIN has an object to learn from: they need masks, iscrowd 0, and the size that "
                 "MODEL.SHARPMASK.SAMPLING.MIN_AREA and MIN_SIDE ask for"
             )

@@ -11,6 +11,8 @@ import torch
 from detectron2.data import get_detection_dataset_dicts
 from torch.utils.data import Sampler
 
+from ..errors import UserError
+
 
 def load_datasets(cfg) -> tuple:
     """The images of DATASETS.TRAIN, one dataset after the other.
@@ -28,7 +30,7 @@ def load_datasets(cfg) -> tuple:
     """
     datasets = cfg.DATASETS
     if unknown := set(datasets.NOT_EXHAUSTIVE) - set(datasets.TRAIN):
-        raise ValueError(f"DATASETS.NOT_EXHAUSTIVE names {sorted(unknown)}, which DATASETS.TRAIN does not have")
+        raise UserError(f"DATASETS.NOT_EXHAUSTIVE names {sorted(unknown)}, which DATASETS.TRAIN does not have")
     dicts, sizes = [], []
     for name in datasets.TRAIN:
         images = get_detection_dataset_dicts([name], filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
@@ -53,13 +55,13 @@ def epoch_counts(sizes: list, max_shares: list) -> list:
     free = sum(size for size, share in zip(sizes, max_shares) if share >= 1)
     bound = [share < 1 for share in max_shares]
     if not free and any(bound):
-        raise ValueError("DATASETS.MAX_SHARES: one dataset at least has to be without a limit")
+        raise UserError("DATASETS.MAX_SHARES: one dataset at least has to be without a limit")
     while True:
         # Datasets that are smaller than their share are there as a whole, which leaves the others a smaller epoch to share.
         rest = 1 - sum(share for share, limited in zip(max_shares, bound) if limited)
         whole = sum(size for size, limited in zip(sizes, bound) if not limited)
         if rest <= 0:
-            raise ValueError(
+            raise UserError(
                 "DATASETS.MAX_SHARES: the shares add up to 1 or more, which leaves nothing for the other datasets"
             )
         total = whole / rest

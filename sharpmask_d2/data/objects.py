@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as mask_util
 
+from ..errors import UserError
 from ..structures.coco_masks import MaskError, check_masks, to_rle, whole_polygons
 
 
@@ -83,19 +84,19 @@ def _checked_masks(segmentations: list, numbers: list, dataset_dict: dict) -> li
 
     for index, segmentation in enumerate(segmentations):
         if not segmentation and not isinstance(segmentation, list):
-            raise ValueError(
+            raise UserError(
                 f"{where(index)} has no segmentation: SharpMask is trained on masks, leave boxes without masks out"
             )
     size = (dataset_dict["height"], dataset_dict["width"]) if {"height", "width"} <= dataset_dict.keys() else None
     try:
         check_masks(segmentations, [size] * len(segmentations))
     except MaskError as error:
-        raise ValueError(f"{where(error.index)} has a segmentation that {error}: mend or remove it") from None
+        raise UserError(f"{where(error.index)} has a segmentation that {error}: mend or remove it") from None
     masks = []
     for index, segmentation in enumerate(segmentations):
         mask = whole_polygons(segmentation) if isinstance(segmentation, list) else to_rle(segmentation, size)
         if not mask:
-            raise ValueError(f"{where(index)} has no polygon with three points or more: remove it or give it a mask")
+            raise UserError(f"{where(index)} has no polygon with three points or more: remove it or give it a mask")
         masks.append(mask)
     return masks
 

@@ -22,6 +22,7 @@ from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_util
 from torchvision.ops import roi_align
 
+from ..errors import UserError
 from ..proposal_files import count_rles, split_rles
 from ..structures import WindowMasks
 from ..structures.coco_masks import MaskError, check_masks
@@ -53,7 +54,7 @@ class ProposalMapper(DatasetMapper):
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
         if cfg.INPUT.CROP.ENABLED and is_train:
-            raise ValueError("INPUT.CROP does not go with precomputed proposals: set INPUT.CROP.ENABLED False")
+            raise UserError("INPUT.CROP does not go with precomputed proposals: set INPUT.CROP.ENABLED False")
         return {**super().from_config(cfg, is_train), "masks": not is_train}
 
     def __call__(self, dataset_dict: dict) -> dict:
@@ -110,7 +111,7 @@ def transform_masks(masks: WindowMasks, transforms: T.TransformList) -> WindowMa
             scale_x, scale_y = transform.new_w / transform.w, transform.new_h / transform.h
             masks = masks.scale(scale_x, scale_y, (transform.new_h, transform.new_w))
         elif not isinstance(transform, T.NoOpTransform):
-            raise ValueError(
+            raise UserError(
                 f"masks of proposals cannot follow {type(transform).__name__}: use resizing and horizontal flips "
                 "alone, or map without masks"
             )
@@ -179,19 +180,19 @@ def load_proposal_masks(dataset_dicts: list, proposal_file: str) -> list:
             "masks": count_rles(joined),
         }
         if len(set(counts.values())) > 1:
-            raise ValueError(f"{proposal_file}: image {image_id}: different numbers of {counts}: {_COMPUTE} again")
+            raise UserError(f"{proposal_file}: image {image_id}: different numbers of {counts}: {_COMPUTE} again")
         if counts["masks"]:
             size = tuple(joined["size"])
             image_size = record.get("height", size[0]), record.get("width", size[1])
             if size != image_size:
-                raise ValueError(
+                raise UserError(
                     f"{proposal_file}: the masks of image {image_id} are of size {size} (height, width), the image of "
                     f"{image_size}: is it the file of another dataset? {_COMPUTE}"
                 )
         try:
             check_masks(split_rles(joined), [None] * counts["masks"])
         except MaskError as error:
-            raise ValueError(
+            raise UserError(
                 f"{proposal_file}: mask {error.index} of image {image_id} {error}: {_COMPUTE} again"
             ) from None
         # The same sort as Detectron2's, so that equal scores come in the same order.
@@ -215,7 +216,7 @@ def get_proposal_dicts(
         ValueError: another number of files than of datasets, or see `load_proposal_masks`.
     """
     if len(names) != len(proposal_files):
-        raise ValueError(
+        raise UserError(
             f"DATASETS has {len(names)} datasets {tuple(names)} but {len(proposal_files)} proposal files "
             f"{tuple(proposal_files)}: PROPOSAL_FILES_TRAIN and PROPOSAL_FILES_TEST name one for each"
         )
@@ -260,7 +261,7 @@ def find_test_file(cfg, dataset_name: str) -> str:
     """
     number, files = list(cfg.DATASETS.TEST).index(dataset_name), cfg.DATASETS.PROPOSAL_FILES_TEST
     if number >= len(files):
-        raise ValueError(f"DATASETS.PROPOSAL_FILES_TEST has no file for {dataset_name}: {_COMPUTE}")
+        raise UserError(f"DATASETS.PROPOSAL_FILES_TEST has no file for {dataset_name}: {_COMPUTE}")
     return files[number]
 
 
@@ -280,14 +281,14 @@ def _read(path: str) -> tuple:
                 content[new] = content.pop(old)
     for key in ("ids", "boxes", "objectness_logits"):
         if not isinstance(content, dict) or key not in content:
-            raise ValueError(f"{path} is no proposal file, it has no {key}: {_COMPUTE}")
+            raise UserError(f"{path} is no proposal file, it has no {key}: {_COMPUTE}")
     return content, {str(image_id): row for row, image_id in enumerate(content["ids"])}
 
 
 def _check_ids(dataset_dicts: list, rows: dict, path: str) -> None:
     missing = [record["image_id"] for record in dataset_dicts if str(record["image_id"]) not in rows]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{path} has no image {missing[0]}, nor {len(missing) - 1} others of the dataset's {len(dataset_dicts)}: "
             f"{_COMPUTE}"
         )

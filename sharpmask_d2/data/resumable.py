@@ -11,6 +11,7 @@ from detectron2.data import DatasetFromList, DatasetMapper, build_detection_trai
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 
+from ..errors import UserError
 from ..seeding import SAMPLER, SAMPLES, seeded
 
 
@@ -129,7 +130,7 @@ def share_batch(total_batch_size: int) -> int:
     """
     world = comm.get_world_size()
     if total_batch_size % world:
-        raise ValueError(f"SOLVER.IMS_PER_BATCH is {total_batch_size}: it must be a multiple of the {world} processes")
+        raise UserError(f"SOLVER.IMS_PER_BATCH is {total_batch_size}: it must be a multiple of the {world} processes")
     return total_batch_size // world
 
 
@@ -157,7 +158,7 @@ def build_resumable_train_loader(
     with seeded(seed, 0, 0, SAMPLER):
         parts = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dataset, sampler=sampler)
     if not isinstance(parts["sampler"], Sampler):
-        raise ValueError(
+        raise UserError(
             f"DATALOADER.SAMPLER_TRAIN {cfg.DATALOADER.SAMPLER_TRAIN}: a training with it cannot be resumed; choose TrainingSampler, "
             "RepeatFactorTrainingSampler or RandomSubsetTrainingSampler"
         )

@@ -11,6 +11,7 @@ from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.utils import comm
 from fvcore.transforms.transform import Transform
 
+from ..errors import UserError
 from .mixing import MixingSampler, epoch_counts, load_datasets
 from .patch_mapper import PADDING_VALUE
 from .resumable import ResumableLoader, build_resumable_train_loader
@@ -122,7 +123,7 @@ def build_jitter_train_loader(cfg) -> ResumableLoader:
     if cfg.DATASETS.MAX_SHARES:
         shares = dict(cfg.DATASETS.MAX_SHARES)
         if unknown := set(shares) - set(cfg.DATASETS.TRAIN):
-            raise ValueError(f"DATASETS.MAX_SHARES names {sorted(unknown)}, which DATASETS.TRAIN does not have")
+            raise UserError(f"DATASETS.MAX_SHARES names {sorted(unknown)}, which DATASETS.TRAIN does not have")
         sampler = MixingSampler(
             sizes=sizes,
             counts=epoch_counts(sizes, [shares.get(name, 1.0) for name in cfg.DATASETS.TRAIN]),

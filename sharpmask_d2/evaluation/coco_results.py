@@ -15,6 +15,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from ..data.coco import image_size
+from ..errors import UserError
 from ..structures.coco_masks import MaskError, check_masks
 
 # A box does not fit its mask if its IoU with the mask's tight box is below this, and a number of it is off by more pixels than this.
@@ -38,7 +39,7 @@ def check_results(coco: COCO, results: Sequence[dict], source: str) -> bool:
         ValueError: the first result that is incomplete or broken, or none is of an image of the annotations.
     """
     if not isinstance(results, (list, tuple)) or not all(isinstance(result, dict) for result in results):
-        raise ValueError(f"{source} is not a COCO result file: a list of dicts is expected")
+        raise UserError(f"{source} is not a COCO result file: a list of dicts is expected")
     has_masks = bool(results) and "segmentation" in results[0]
     by_image = defaultdict(list)
     for i, result in enumerate(results):
@@ -46,11 +47,11 @@ def check_results(coco: COCO, results: Sequence[dict], source: str) -> bool:
         if not missing and "bbox" not in result and "segmentation" not in result:
             missing = ["bbox or segmentation"]
         if missing:
-            raise ValueError(f"{source}: result {i} has no {missing[0]}")
+            raise UserError(f"{source}: result {i} has no {missing[0]}")
         if ("segmentation" in result) != has_masks:
-            raise ValueError(f"{source}: only some results have a segmentation; result {i} differs from the first")
+            raise UserError(f"{source}: only some results have a segmentation; result {i} differs from the first")
         if not isinstance(result["image_id"], (int, str, float)):
-            raise ValueError(
+            raise UserError(
                 f"{source}: result {i} has the image_id {reprlib.repr(result['image_id'])}, not a number or text"
             )
         by_image[result["image_id"]].append(i)
@@ -62,7 +63,7 @@ def check_results(coco: COCO, results: Sequence[dict], source: str) -> bool:
         else:
             doubts.unknown_images.append((image_id, len(numbers)))
     if results and len(doubts.unknown_images) == len(by_image):
-        raise ValueError(
+        raise UserError(
             f"{source}: none of its {len(by_image)} images is in the annotations, image {doubts.unknown_images[0][0]!r} of result 0 is "
             "not: are they the results of another data set?"
         )

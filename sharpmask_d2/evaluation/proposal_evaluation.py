@@ -22,6 +22,7 @@ from pycocotools.coco import COCO
 from tabulate import tabulate
 
 from ..data.coco import check_annotations, image_size, load_annotations, load_json
+from ..errors import UserError
 from ..outputs import write_output
 from ..structures.coco_masks import MaskError, to_rle
 from .coco_results import check_results
@@ -60,7 +61,7 @@ class ProposalEvaluator(DatasetEvaluator):
         self._max_proposals = max_proposals
         metadata = MetadataCatalog.get(dataset_name)
         if not hasattr(metadata, "json_file"):
-            raise ValueError(f"data set {dataset_name} has no json_file in its metadata: register it in COCO format")
+            raise UserError(f"data set {dataset_name} has no json_file in its metadata: register it in COCO format")
         self._coco = load_annotations(PathManager.get_local_path(metadata.json_file))
         self._logger = logging.getLogger(__name__)
         self.reset()
@@ -119,9 +120,7 @@ class ProposalEvaluator(DatasetEvaluator):
         if not recalls[MASKS].images:
             recalls = {BOXES: recalls[BOXES]}
         elif without_masks:
-            raise ValueError(
-                f"image {without_masks[0]}: its proposals have no proposal_masks, those of other images do"
-            )
+            raise UserError(f"image {without_masks[0]}: its proposals have no proposal_masks, those of other images do")
         num_images = len(self._coco.getImgIds())
         num_missing = num_images - len(recalls[BOXES].images)
         if num_missing:
@@ -247,13 +246,13 @@ def ground_truth(coco: COCO, image_id: Hashable, kind: str) -> GroundTruth:
         ValueError: the annotations do not have the image, or an annotation lacks an area or what `kind` asks for.
     """
     if image_id not in coco.imgs:
-        raise ValueError(f"image {image_id} is not in the annotations")
+        raise UserError(f"image {image_id} is not in the annotations")
     annotations = sorted(coco.imgToAnns[image_id], key=lambda annotation: annotation.get("category_id") or 0)
     for annotation in annotations:
         needed = {BOXES: "bbox", MASKS: "segmentation"}[kind]
         for key in (needed, "area"):
             if key not in annotation or annotation[key] in ([], None):
-                raise ValueError(f"annotation {annotation.get('id')} of image {image_id} has no {key}")
+                raise UserError(f"annotation {annotation.get('id')} of image {image_id} has no {key}")
     if kind == BOXES:
         regions = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
     else:
@@ -269,12 +268,12 @@ def _rles(coco: COCO, image_id: Hashable, entries: list, name: str) -> list:
     """The masks of annotations or results of an image, which messages call `name`; they have been checked."""
     size = image_size(coco, image_id)
     if size is None and any(isinstance(entry["segmentation"], list) for entry in entries):
-        raise ValueError(f"image {image_id} has no height and width in the annotations, which polygons need")
+        raise UserError(f"image {image_id} has no height and width in the annotations, which polygons need")
     rles = []
     for entry in entries:
         try:
             rles.append(to_rle(entry["segmentation"], size))
         except MaskError as error:
             which = f" {entry['id']}" if "id" in entry else ""
-            raise ValueError(f"{name}{which} of image {image_id}: its segmentation {error}") from None
+            raise UserError(f"{name}{which} of image {image_id}: its segmentation {error}") from None
     return rles

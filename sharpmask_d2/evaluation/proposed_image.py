@@ -15,6 +15,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from ..data.coco import load_json
+from ..errors import UserError
 from .coco_results import check_results
 from .proposal_evaluation import BOXES, MASKS, ground_truth
 from .recall import AREA_RANGES, PROPOSAL_COUNTS, GroundTruth
@@ -82,7 +83,7 @@ def proposed_image(
     for mask in masks:
         # pycocotools gives masks of different frames an IoU of -1 instead of an error.
         if list(mask["size"]) != [image["height"], image["width"]]:
-            raise ValueError(
+            raise UserError(
                 f"image {image_id}: a proposal's mask has the size (height, width) {tuple(mask['size'])}, the annotations say "
                 f"{(image['height'], image['width'])}"
             )
@@ -104,7 +105,7 @@ def images_of_results(coco: COCO, path: str) -> Iterator[ProposedImage]:
     """
     results = load_json(path)
     if not check_results(coco, results, os.fspath(path)):
-        raise ValueError(f"{os.fspath(path)}: its results have no segmentation, and it is masks that are analysed")
+        raise UserError(f"{os.fspath(path)}: its results have no segmentation, and it is masks that are analysed")
     by_image = defaultdict(list)
     for result in results:
         by_image[result["image_id"]].append(result)

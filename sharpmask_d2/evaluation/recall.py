@@ -213,7 +213,7 @@ def _check_boxes(image_id: Hashable, boxes: np.ndarray, numbers: np.ndarray) -> 
     """pycocotools gives a box that is not finite an IoU that no threshold turns away."""
     bad = np.flatnonzero(~np.isfinite(boxes).all(axis=1))
     if len(bad):
-        raise ValueError(f"image {image_id}: the box of proposal {numbers[bad[0]]} is {boxes[bad[0]].tolist()}")
+        raise UserError(f"image {image_id}: the box of proposal {numbers[bad[0]]} is {boxes[bad[0]].tolist()}")
 
 
 def _check_mask_sizes(image_id: Hashable, gts: list, proposals: list) -> None:

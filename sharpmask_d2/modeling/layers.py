@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..errors import UserError
+
 
 def mirror_pad(x: Tensor, padding: tuple, *, blocks: int = 1) -> Tensor:
     """Continue a map beyond its borders by mirroring it, the edge included (cba|abc|cba).
@@ -162,7 +164,7 @@ def use_mirrored_padding(module: nn.Module) -> nn.Module:
     """
     for name, child in module.named_modules():
         if _pads_a_kernel(child) and not is_plain(child):
-            raise ValueError(
+            raise UserError(
                 f"the borders of {name} cannot be mirrored, as {type(child).__name__} is not a plain convolution: "
                 "choose 'zeros' for MODEL.SHARPMASK.TRUNK.PADDING, or another network"
             )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import nms
 
+from ..errors import UserError
 from .windows import centred_windows, windows_to_patches
 
 # Windows that are compared for each that is asked for, before all are: on photographs 2.1 to 2.3 were enough.
@@ -44,11 +45,11 @@ class PyramidWindows:
             ValueError: an even number of cells, or strides that do not double.
         """
         if any(coarse != 2 * fine for fine, coarse in zip(strides, strides[1:])):
-            raise ValueError(
+            raise UserError(
                 f"MODEL.SHARPMASK.FPN.IN_FEATURES: with EXTRA_LEVELS the strides are {list(strides)}, each has to be twice the one before"
             )
         if any(cells % 2 == 0 for cells in window_cells):
-            raise ValueError(
+            raise UserError(
                 f"MODEL.SHARPMASK.FPN.WINDOW_CELLS is {list(window_cells)}: windows lie around a cell, so they have odd sides"
             )
         self.strides, self.window_cells = list(strides), list(window_cells)

@@ -209,7 +209,7 @@ def label_rule(cfg, *, of_cells: bool = False) -> dict:
     for name in ("POSITIVE_SHIFT", "POSITIVE_OCTAVES"):
         if labels[name] < 0 or (of_cells and labels[name] == 0):
             least = "above 0: no window of a cell would be positive" if of_cells else "0 or above"
-            raise ValueError(f"MODEL.SHARPMASK.LABELS.{name} is {labels[name]}: it must be {least}")
+            raise UserError(f"MODEL.SHARPMASK.LABELS.{name} is {labels[name]}: it must be {least}")
     return {name.lower(): value for name, value in labels.items()}
 
 

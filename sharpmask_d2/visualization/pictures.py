@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 import cv2
 import numpy as np
 
+from ..errors import UserError
 from ..outputs import write_output
 
 
@@ -22,7 +23,7 @@ def write_picture(path: Path, pixels: np.ndarray) -> None:
     """
     done, content = cv2.imencode(Path(path).suffix, np.ascontiguousarray(pixels))
     if not done:
-        raise ValueError(f"{path}: an image of {pixels.shape[1]} x {pixels.shape[0]} pixels cannot be written")
+        raise UserError(f"{path}: an image of {pixels.shape[1]} x {pixels.shape[0]} pixels cannot be written")
     write_output(path, content.tobytes())
 
 

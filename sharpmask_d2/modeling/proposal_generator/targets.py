@@ -24,7 +24,7 @@ class LearntGenerator(nn.Module):
     def check_weights(self) -> None:
         """Raises ValueError if it is frozen and its weights are the random ones it was built with."""
         if self.frozen and not self.has_weights:
-            raise ValueError(
+            raise UserError(
                 "MODEL.SHARPMASK.GENERATOR.FROZEN is True, but no weights of the proposal generator were loaded: the detector would be "
                 f"trained on random proposals. Either {self.way_to_weights}, or train the generator with the detector: FROZEN False"
             )
