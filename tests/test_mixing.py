@@ -4,6 +4,7 @@ import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
 # isort: split
 
+import argparse
 import itertools
 import math
 from collections import Counter
@@ -13,7 +14,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
-from sharpmask_d2.data import build_jitter_train_loader, register_datasets
+from sharpmask_d2.data import add_dataset_option, build_jitter_train_loader, register_datasets
 from sharpmask_d2.data.mixing import MixingSampler, epoch_counts, load_datasets
 from sharpmask_d2.modeling.pyramid_sampling import PyramidSampler
 from sharpmask_d2.modeling.pyramid_windows import PyramidWindows
@@ -61,6 +62,23 @@ def test_ranks_divide_the_stream():
     whole = list(islice(MixingSampler(**options), 20))
     parts = [list(islice(MixingSampler(**options, rank=rank, world_size=2), 10)) for rank in range(2)]
     assert [n for pair in zip(*parts) for n in pair] == whole
+
+
+def test_the_option_of_a_dataset_says_that_it_is_not_exhaustive(make_dataset, tmp_path, tiny_cfg):
+    drawn = make_dataset(tmp_path, num_images=1)
+    files = [str(drawn.annotations), str(drawn.image_root)]
+    parser = argparse.ArgumentParser()
+    add_dataset_option(parser)
+    args = parser.parse_args(
+        ["--dataset", "option_whole", *files, "--dataset", "option_partial:not-exhaustive", *files]
+    )
+    register_datasets(args.dataset)
+    tiny_cfg.DATASETS.TRAIN = ["option_whole", "option_partial"]
+    dicts, _ = load_datasets(tiny_cfg)
+    assert [image["exhaustive"] for image in dicts] == [True, False]
+    for name in tiny_cfg.DATASETS.TRAIN:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 @pytest.fixture

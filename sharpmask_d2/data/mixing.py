@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from torch.utils.data import Sampler
 
 from ..errors import UserError
@@ -18,6 +18,8 @@ def load_datasets(cfg) -> tuple:
     """The images of DATASETS.TRAIN, one dataset after the other.
 
     Datasets are read one by one, because class-agnostic training mixes datasets with different categories.
+
+    A dataset is not annotated exhaustively if DATASETS.NOT_EXHAUSTIVE names it or its metadata say so (`exhaustive` is False).
 
     Args:
         cfg: reads DATASETS.TRAIN, DATASETS.NOT_EXHAUSTIVE and DATALOADER.FILTER_EMPTY_ANNOTATIONS.
@@ -34,7 +36,8 @@ def load_datasets(cfg) -> tuple:
     dicts, sizes = [], []
     for name in datasets.TRAIN:
         images = get_detection_dataset_dicts([name], filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-        dicts += [{**image, "exhaustive": name not in datasets.NOT_EXHAUSTIVE} for image in images]
+        exhaustive = name not in datasets.NOT_EXHAUSTIVE and MetadataCatalog.get(name).get("exhaustive", True)
+        dicts += [{**image, "exhaustive": exhaustive} for image in images]
         sizes.append(len(images))
     return dicts, sizes
 
