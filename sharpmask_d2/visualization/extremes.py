@@ -33,7 +33,7 @@ def rank_images(coco: COCO, results: list, *, num_proposals: int = 100) -> list:
 
     Args:
         coco: annotations that `data.coco.check_annotations` has passed.
-        results: COCO results with segmentations that `evaluation.proposal_evaluation.check_results` has passed.
+        results: COCO results with segmentations that `evaluation.coco_results.check_results` has passed.
         num_proposals: how many of an image's best proposals count.
 
     Returns:
