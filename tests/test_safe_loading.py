@@ -10,10 +10,10 @@ import sys
 
 import pytest
 import torch
-import yaml
 from conftest import ROOT
 from sharpmask_d2.checkpoint import read_checkpoint
 from sharpmask_d2.compute import build_config
+from sharpmask_d2.errors import UserError
 
 
 class _Touch:
@@ -35,7 +35,7 @@ def test_a_checkpoint_is_packed_without_running_code(tmp_path, monkeypatch, caps
     torch.save({"model": {"a": torch.ones(3)}, "iteration": _Touch(tmp_path / "ran")}, tmp_path / "bad.pth")
     torch.save({"model": {"a": torch.ones(3)}, "iteration": 5, "optimizer": {"lr": [0.1]}}, tmp_path / "good.pth")
     output = tmp_path / "packed.pth"
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         run_tool(monkeypatch, "package_model.py", tmp_path / "bad.pth", "--output", output)
     error = capsys.readouterr().err
     assert error.startswith(str(tmp_path / "bad.pth"))
@@ -53,7 +53,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path, content):
         path.write_bytes(content)
     else:
         torch.save(content, path)
-    with pytest.raises(ValueError, match=r"model\.pth is no checkpoint") as raised:
+    with pytest.raises(ValueError, match=r"model\.pth (cannot be read as|is not) a checkpoint") as raised:
         read_checkpoint(path)
     assert "\n" not in str(raised.value)
     with pytest.raises(FileNotFoundError):
@@ -63,9 +63,8 @@ def test_what_is_no_checkpoint_is_named(tmp_path, content):
 def test_config_files_do_not_run_code(tmp_path, monkeypatch):
     config = tmp_path / "config.yaml"
     config.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']\n")
-    with pytest.raises(yaml.YAMLError):
+    with pytest.raises(UserError, match="could not determine a constructor for the tag"):
         build_config(config_file=str(config))
-    # A message in its place is as good.
-    with pytest.raises((yaml.YAMLError, SystemExit)):
+    with pytest.raises(SystemExit, match="2"):
         run_tool(monkeypatch, "train_net.py", "--config-file", config)
     assert not (tmp_path / "ran").exists()

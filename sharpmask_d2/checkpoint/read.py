@@ -35,7 +35,8 @@ def read_checkpoint(path: str, load: Callable = _load) -> dict:
     except Exception as error:
         reason = type(error).__name__
         raise UserError(
-            f"{path} cannot be read as a checkpoint ({reason}): it is another file, or is not whole"
+            f"{path} cannot be read as a checkpoint ({reason}): it is another file, is not whole, or holds more than tensors and plain "
+            "values, which is not loaded (see SECURITY.md)"
         ) from error
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not all(
