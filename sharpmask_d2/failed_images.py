@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Union
 
-from PIL import UnidentifiedImageError
 from tqdm import tqdm
+
+from .images import ImageError
 
 
 class FailedImages:
@@ -53,9 +54,8 @@ class FailedImages:
 
 def describe(error: Exception) -> str:
     """The cause of a failure in one line, without the file that the message names anyway."""
-    if isinstance(error, UnidentifiedImageError):
-        # Pillow's own message has the open file's repr, not its name.
-        return "it is no image, or none of a kind that Pillow reads"
+    if isinstance(error, ImageError):
+        return error.reason
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     line = next(iter(text.strip().splitlines()), "")
     # What is not about the file itself is told apart by its type.

@@ -126,7 +126,7 @@ def left_halves(monkeypatch):
     """SharpMaskFPN makes masks of any window: its left half; and the windows that were asked for."""
     asked = []
 
-    def decode(self, pyramid, images, windows, tables=None):
+    def decode(self, pyramid, images, windows, *, tables=None, num_refined=None):
         assert len(pyramid.scores) == 1
         assert images.tolist() == [0] * len(windows)
         asked.append(windows)
@@ -169,6 +169,6 @@ def test_the_table_is_printed_for_models_that_make_such_masks(tmp_path, make_dat
     assert filled["all"] == pytest.approx(100 * np.mean(expected_fill(dataset)))
     assert 0.3 * filled["all"] < row["all"] < 0.8 * filled["all"]
     # Models that only make masks of windows of their own.
-    analyze_proposals(**files, opts=SMALL)
+    analyze_proposals(**files, model="sharpmask_fpn_lite0", opts=SMALL)
     assert "given boxes" not in json.loads(output.read_text())
     assert box_decoder(ProposalPredictor(build_config("sharpmask_lite0"))) is None

@@ -129,7 +129,7 @@ def test_selective_search_names_a_broken_annotation_file(tmp_path, monkeypatch, 
     annotations.write_text(content)
     with pytest.raises(SystemExit) as ended:
         run_tool(monkeypatch, "selective_search.py", *selective_search_arguments(annotations, tmp_path))
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith(str(annotations))
     assert error.count("\n") == 1

@@ -197,7 +197,7 @@ def test_the_generator_gives_the_stand_alone_proposals_inside_a_detector(tiny_cf
     alone = build_model(cfg).eval()
     cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMask"
     generator = build_proposal_generator(cfg, {})
-    generator.pyramid.load_state_dict(alone.pyramid.state_dict())
+    generator.load_state_dict({f"pyramid.{name}": value for name, value in alone.pyramid.state_dict().items()})
     generator.train()  # a detector in training still gets proposals
     image = torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(0)) * 255
     mean, std = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(3, 1, 1), torch.tensor(cfg.MODEL.PIXEL_STD).view(3, 1, 1)
@@ -251,7 +251,7 @@ def test_results_carry_the_exact_masks(tiny_cfg):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["deepmask_lite0", "sharpmask_lite0", "sharpmask_fpn_lite0"])
+@pytest.mark.parametrize("name", ["deepmask_lite0", "sharpmask_lite0", "sharpmask_fpn_lite0", "sharpmask_bifpn_lite0"])
 def test_packaged_models_run(name, dtype):
     cfg = model_zoo.get(name)
     cfg.MODEL.DEVICE = "cpu"

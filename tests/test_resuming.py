@@ -23,6 +23,7 @@ from detectron2.modeling.backbone import Backbone
 from sharpmask_d2.checkpoint import SafeCheckpointer, StrictCheckpointer
 from sharpmask_d2.data import build_resumable_train_loader, register_datasets
 from sharpmask_d2.engine import Trainer
+from sharpmask_d2.outputs import OutputError
 from torch import nn
 
 NAME = "resumed_on"
@@ -272,9 +273,11 @@ def test_no_two_steps_draw_the_same(cfg, monkeypatch):
 
 
 @pytest.fixture
-def checkpointer(tmp_path):
+def checkpointer(tmp_path, monkeypatch):
     """Of a small model, with checkpoints of iterations 1 and 3."""
     checkpointer = SafeCheckpointer(nn.Linear(2, 2), str(tmp_path))
+    # Detectron2's setup_logger, which other tests call, keeps records from pytest.
+    monkeypatch.setattr(logging.getLogger("fvcore"), "propagate", True)
     for iteration in (1, 3):
         checkpointer.model.weight.data.fill_(iteration)
         checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
@@ -339,7 +342,7 @@ def test_what_ends_the_writing_leaves_what_was_there(checkpointer, tmp_path, mon
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", cut)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OutputError, match="No space"):
         checkpointer.save("model_0000003", iteration=3)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
