@@ -94,6 +94,7 @@ DEEPMASK = f"--config-file {ROOT / 'configs' / 'deepmask_lite0.yaml'}"
         ("package_model", "other.pth --output o.pth", "other.pth is not a checkpoint of Detectron2"),
         ("benchmark", "proposals --config-file notes.txt", "notes.txt, line 1 is no yaml"),
         ("benchmark", "proposals --model deepmask_lite0 NONSENSE 1", "Non-existent key: NONSENSE"),
+        ("benchmark", "detector --weights a.jpg MODEL.DEVICE cpu", "a.jpg cannot be read as a checkpoint"),
         ("benchmark", "training --config-file model.yaml --repeat 0", "--repeat: 0 is less than 1"),
         ("convert_proposals", "--input other.json --output o.json --num-proposals=-1", "-1 is less than 1"),
         ("selective_search", "--annotations other.json --image-root photos --output o.json", "other.json"),

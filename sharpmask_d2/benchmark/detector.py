@@ -6,7 +6,7 @@ from typing import Optional
 import torch
 from detectron2.config import CfgNode
 
-from ..checkpoint import SafeCheckpointer
+from ..checkpoint import StrictCheckpointer
 from ..engine import Trainer, makes_proposals
 from ..modeling.inference import autocast
 from .drawing import draw_image, draw_objects, draw_proposals
@@ -30,7 +30,7 @@ def time_detector(
     """
     model = Trainer.build_model(cfg)
     if weights:
-        SafeCheckpointer(model).load(weights)
+        StrictCheckpointer(model).load(weights)
     inputs, size = {"image": draw_image(*image_size)}, tuple(image_size)
     if cfg.MODEL.LOAD_PROPOSALS:
         count = num_proposals or cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST
