@@ -11,6 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 
 from ..errors import UserError
 from ..outputs import open_output
+from .read import read_checkpoint
 
 # Names of parameters that an error lists.
 _SHOWN = 4
@@ -130,9 +131,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             self._said = message
 
     def _load_file(self, filename: str):
-        loaded = super()._load_file(filename)
-        if isinstance(loaded.get("model"), dict):
-            check_finite(loaded["model"], filename)
+        loaded = read_checkpoint(filename, super()._load_file)
+        check_finite(loaded["model"], filename)
         return loaded
 
 

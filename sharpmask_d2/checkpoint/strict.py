@@ -1,7 +1,6 @@
 """Loading a checkpoint that has to be complete."""
 
 from ..errors import UserError
-from .read import read_checkpoint
 from .safe import SafeCheckpointer, list_names
 
 
@@ -29,9 +28,6 @@ class StrictCheckpointer(SafeCheckpointer):
             raise UserError(
                 f"{path} does not fit this model: {error}; is it the checkpoint of another config?"
             ) from None
-
-    def _load_file(self, filename: str):
-        return read_checkpoint(filename, super()._load_file)
 
     def _load_model(self, checkpoint):
         incompatible = super()._load_model(checkpoint)
