@@ -1,7 +1,6 @@
 """What all command lines of this package have in common: how they end, and options that several of them have."""
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -18,8 +17,7 @@ def run(main: Callable) -> None:
     """Run a command line to its end; exit with its status unless that is 0.
 
     What the user can mend, or has done, ends in one line on stderr: a UserError, anything that the operating system refuses (OSError), a
-    training that diverges (FloatingPointError) with status 2, Ctrl-C with 130. The traceback of the first three is logged at level DEBUG.
-    Every other exception is a bug and keeps its traceback.
+    training that diverges (FloatingPointError) with status 2, Ctrl-C with 130. Every other exception is a bug and keeps its traceback.
 
     Args:
         main: without arguments; returns the exit status, None for 0.
@@ -34,7 +32,6 @@ def run(main: Callable) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (UserError, OSError, FloatingPointError) as error:
-        logging.getLogger(__name__).debug("ends with status 2", exc_info=True)
         print(_in_one_line(error), file=sys.stderr)
         status = 2
     if status:
