@@ -273,11 +273,15 @@ def test_no_two_steps_draw_the_same(cfg, monkeypatch):
 
 
 @pytest.fixture
-def checkpointer(tmp_path, monkeypatch):
+def checkpointer(tmp_path, monkeypatch, caplog):
     """Of a small model, with checkpoints of iterations 1 and 3."""
     checkpointer = SafeCheckpointer(nn.Linear(2, 2), str(tmp_path))
-    # Detectron2's setup_logger, which other tests call, keeps records from pytest.
-    monkeypatch.setattr(logging.getLogger("fvcore"), "propagate", True)
+    # What other tests set up for training may keep records from pytest.
+    logging.disable(logging.NOTSET)
+    monkeypatch.setattr(checkpointer.logger, "disabled", False)
+    monkeypatch.setattr(checkpointer.logger, "propagate", False)
+    monkeypatch.setattr(checkpointer.logger, "handlers", [caplog.handler])
+    caplog.set_level(logging.WARNING, logger=checkpointer.logger.name)
     for iteration in (1, 3):
         checkpointer.model.weight.data.fill_(iteration)
         checkpointer.save(f"model_{iteration:07d}", iteration=iteration)

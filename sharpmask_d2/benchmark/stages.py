@@ -79,6 +79,16 @@ class StageClock:
                 delattr(owner, name)
 
 
+def _decoder_stages(generator) -> list:
+    if generator.decodes_any_window:
+        return [("horizontal", generator.decoder, "tables"), ("refinement", generator.decoder, "masks")]
+    return [
+        ("horizontal", generator.decoder, "horizontal"),
+        ("refinement", generator.decoder, "embeddings"),
+        ("refinement", generator.decoder, "masks"),
+    ]
+
+
 def _parts(model) -> list:
     """(stage, object, name of its method) of everything that belongs to a stage."""
     if isinstance(model, SegmentProposalNetwork):
@@ -87,9 +97,7 @@ def _parts(model) -> list:
             ("pyramid", predictor, "prepare_image"),
             ("trunk", model.backbone, "forward"),
             ("score", generator, "pyramid"),
-            ("horizontal", generator.decoder, "horizontal"),
-            ("refinement", generator.decoder, "embeddings"),
-            ("refinement", generator.decoder, "masks"),
+            *_decoder_stages(generator),
             ("boxes", sharpmask_fpn, "build_proposals"),
         ]
     network = model.pyramid.network
