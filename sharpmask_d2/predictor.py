@@ -28,7 +28,7 @@ AnyImage = Union[np.ndarray, str, Path, Image]
 class ProposalPredictor:
     """Segment proposals of single images.
 
-    predictor = ProposalPredictor(model_zoo.get("sharpmask_fpn_lite0"))
+    predictor = ProposalPredictor(model_zoo.get("sharpmask_bifpn_lite0"))
     proposals = predictor(cv2.imread("photograph.jpg"))
     """
 
@@ -86,7 +86,7 @@ class ProposalPredictor:
 class DetectionPredictor:
     """Detections of single images, by a detector that makes its own proposals.
 
-    detector = DetectionPredictor(model_zoo.get("multipath_fpn_lite0"))
+    detector = DetectionPredictor(model_zoo.get("multipath_bifpn_lite0"))
     instances = detector(cv2.imread("photograph.jpg"))
     """
 

@@ -106,7 +106,7 @@ def test_a_dataset_whose_classes_nobody_knows_is_named():
         detect.dataset_metadata("nobody_s_data")
 
 
-@pytest.mark.parametrize("name", ["multipath_fpn_lite0", "multipath_lite0"])
+@pytest.mark.parametrize("name", ["multipath_bifpn_lite0", "multipath_fpn_lite0", "multipath_lite0"])
 def test_the_packaged_detectors_find_the_astronaut(name):
     pytest.importorskip("skimage", reason="needs the photographs of scikit-image")
     from skimage.data import astronaut

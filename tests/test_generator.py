@@ -237,7 +237,7 @@ def test_a_generator_with_weights_of_its_own_stays_out_of_the_detector_s_checkpo
     ("weights", "error", "message"),
     [
         (PACKAGED, ValueError, r"lite0\.pth does not fit this model: .*pyramid\.network\."),
-        ("sharpmask_d2://lite1.pth", FileNotFoundError, r"'lite1\.pth', only lite0\.pth"),
+        ("sharpmask_d2://lite1.pth", FileNotFoundError, r"'lite1\.pth', only bifpn_lite0\.pth, lite0\.pth"),
         ("nowhere.pth", FileNotFoundError, r"nowhere\.pth"),
     ],
 )

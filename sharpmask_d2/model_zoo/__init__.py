@@ -8,6 +8,9 @@ from ..config import read_config
 from ..errors import UserError
 
 _WEIGHTS = {
+    # One file holds both: the detector classifies the proposals on the backbone that makes them.
+    "sharpmask_bifpn_lite0": "bifpn_lite0.pth",
+    "multipath_bifpn_lite0": "bifpn_lite0.pth",
     "sharpmask_fpn_lite0": "sharpmask_fpn_lite0.pth",
     # One file holds both: SharpMask is the same network with another mask branch.
     "deepmask_lite0": "lite0.pth",
@@ -16,8 +19,8 @@ _WEIGHTS = {
     "multipath_lite0": "multipath_lite0.pth",
 }
 
-DEFAULT = "sharpmask_fpn_lite0"
-DEFAULT_DETECTOR = "multipath_fpn_lite0"
+DEFAULT = "sharpmask_bifpn_lite0"
+DEFAULT_DETECTOR = "multipath_bifpn_lite0"
 
 
 def names() -> list:
