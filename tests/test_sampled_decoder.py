@@ -11,6 +11,7 @@ import torch
 from conftest import draw_example
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from sharpmask_d2.modeling.feature_table import FeatureTable
 from sharpmask_d2.modeling.losses import dice_loss, quality_focal_loss
 from sharpmask_d2.modeling.pyramid_sampling import enlarged
 from sharpmask_d2.modeling.sampled_decoder import SampledDecoder, jittered_windows
@@ -233,3 +234,46 @@ def test_proposals_beyond_those_that_are_refined_are_there(cfg):
         model = build_model(cfg).eval()
         with torch.no_grad():
             assert len(model([inputs])[0]["proposals"]) == 50
+
+
+@pytest.mark.parametrize("size", [7, 14, 28])
+def test_windows_are_sampled_on_the_level_whose_cells_are_nearest_to_their_parts(size):
+    features, extents = pyramid((256, 256))
+    table = FeatureTable(features, extents, STRIDES)
+    for side in (9.0, 30.0, 61.0, 100.0, 170.0, 240.0, 900.0):
+        windows = torch.tensor([[20.0, 30.0, 20.0 + side, 30.0 + side]])
+        level = min(range(len(STRIDES)), key=lambda i: abs(math.log2(side / size / STRIDES[i])))
+        images = torch.zeros(1, dtype=torch.long)
+        expected = table.sample(images, torch.tensor([level]), windows, size)
+        torch.testing.assert_close(table.sample_windows(images, windows, size), expected)
+
+
+@pytest.mark.parametrize("refined", [True, False])
+@torch.no_grad()
+def test_the_skip_path_says_where_in_the_image_each_cell_of_a_mask_lies(decoder, refined):
+    """All weights are zero but those that hand the first channel on, which is a ramp along the rows of the image."""
+    for parameter in decoder.parameters():
+        parameter.zero_()
+    for path in (decoder.horizontal_coarse, decoder.horizontal_fine):
+        path[0].weight[0, 0] = path[2].weight[0, 0] = 1
+    decoder.refine_fine.weight[0, 0, 1, 1] = decoder.to_mask.weight[0, 0, 1, 1] = 1
+    decoder.side_masks[0].weight[0, 0] = 1
+    sizes = pyramid_sizes((256, 256), STRIDES)
+    ramps = [(torch.arange(columns) + 0.5) * s for s, (_, columns) in zip(STRIDES, sizes)]
+    features = [ramp.expand(1, 6, rows, columns).clone() / 100 for ramp, (rows, columns) in zip(ramps, sizes)]
+    x0, y0, side = 70.0, 60.0, 91.0
+    tables = decoder.tables(features, torch.tensor([sizes]), STRIDES)
+    windows = torch.tensor([[x0, y0, x0 + side, y0 + side]])
+    mask = decoder.masks(tables, torch.zeros(1, dtype=torch.long), windows, refined=refined)[0]
+    cells = 28 if refined else 14
+    ramp = ((x0 + (torch.arange(cells) + 0.5) * side / cells) / 100)[None, None].expand(1, cells, cells)
+    mode = {"mode": "nearest"} if refined else {"mode": "bilinear", "align_corners": False}
+    expected = torch.nn.functional.interpolate(ramp[None], size=(56, 56), **mode)[0, 0]
+    torch.testing.assert_close(mask, expected, atol=1e-5, rtol=0)
+
+
+def test_untrained_scores_say_that_objects_are_rare(cfg):
+    model = build_model(cfg).eval()
+    with torch.no_grad():
+        pyramid, _ = model.pyramid([example([(20, 20, 80, 70)])])
+    assert pyramid.scores.sigmoid().mean() < 0.03
