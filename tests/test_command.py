@@ -5,6 +5,7 @@ import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 # isort: split
 
 import json
+import logging
 import os
 import runpy
 import sys
@@ -183,3 +184,21 @@ def test_threads_are_limited(files, monkeypatch):
     finally:
         torch.set_num_threads(before)
     assert json.loads(Path("o.json").read_text())
+
+
+def test_a_user_s_mistake_has_no_traceback_where_records_of_debug_are_shown(capsys):
+    def main():
+        raise UserError("a.json: not there")
+
+    shown = logging.StreamHandler(sys.stderr)
+    logger = logging.getLogger("sharpmask_d2")
+    level = logger.level
+    logger.addHandler(shown)
+    logger.setLevel(logging.DEBUG)
+    try:
+        with pytest.raises(SystemExit, match="2"):
+            run(main)
+    finally:
+        logger.removeHandler(shown)
+        logger.setLevel(level)
+    assert capsys.readouterr().err == "a.json: not there\n"
