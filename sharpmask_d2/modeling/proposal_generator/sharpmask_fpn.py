@@ -204,7 +204,9 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
         Returns:
             list[Instances], one an image, in the frame of the resized image, best first (see `structures.build_proposals`). In training
             with ground truth they have no `proposal_masks`: Detectron2 joins them with the ground truth, which has none.
-            A dict of losses: loss_sharpmask_mask, loss_sharpmask_score, loss_sharpmask_quality; empty in evaluation or when frozen.
+            A dict of losses, empty in evaluation or when frozen: loss_sharpmask_mask and loss_sharpmask_score; with a `SampledDecoder`
+            loss_sharpmask_dice, and loss_sharpmask_side of the masks before the last refinement; with a quality branch
+            loss_sharpmask_quality.
 
         Raises:
             ValueError: training without ground truth or its masks, or of a detector on a frozen generator without weights.
@@ -263,7 +265,7 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
         return self._weighted(sample, scores, masks, quality)
 
     def _sampled_losses(self, pyramid: Pyramid, gt_instances: list) -> dict:
-        """Scores are learnt at cells, masks in windows jittered around the objects."""
+        """Losses with a `SampledDecoder`: of the scores of all windows, and of masks in windows jittered around the objects."""
         scores = pyramid.scores.flatten()
         labels = self.sampler.score_targets(pyramid.scores.detach(), pyramid.sizes, gt_instances).flatten()
         tables = self.decoder.tables(pyramid.features, pyramid.extents, self.strides)
