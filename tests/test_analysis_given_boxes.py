@@ -6,13 +6,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from sharpmask_d2.analyze import analyze_proposals, box_decoder
-from sharpmask_d2.compute import build_config
+from sharpmask_d2.cli.analyze import analyze_proposals, box_decoder
 from sharpmask_d2.data.coco import load_annotations
 from sharpmask_d2.evaluation.given_boxes import GivenBoxes, decode_boxes, iou_in_box
 from sharpmask_d2.evaluation.proposed_image import ProposedImage, image_objects
+from sharpmask_d2.inference.predictor import ProposalPredictor
+from sharpmask_d2.inference.propose import build_config
 from sharpmask_d2.modeling.proposal_generator import SharpMaskFPN
-from sharpmask_d2.predictor import ProposalPredictor
 from sharpmask_d2.structures import WindowMasks
 
 SMALL = ("MODEL.SHARPMASK.TEST.NUM_PROPOSALS", "20", "INPUT.MIN_SIZE_TEST", "96")

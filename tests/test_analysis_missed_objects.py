@@ -12,7 +12,6 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_utils
-from sharpmask_d2.compute import build_config
 from sharpmask_d2.data.coco import load_annotations
 from sharpmask_d2.evaluation.missed_objects import (
     BAD_MASK,
@@ -29,9 +28,10 @@ from sharpmask_d2.evaluation.model_proposals import images_of_model, window_rule
 from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json
 from sharpmask_d2.evaluation.proposed_image import proposed_image
 from sharpmask_d2.evaluation.recall import IOU_THRESHOLDS, match_ranks
-from sharpmask_d2.modeling.windows import label_rule, label_windows
-from sharpmask_d2.predictor import ProposalPredictor, load_model
+from sharpmask_d2.inference.predictor import ProposalPredictor, load_model
+from sharpmask_d2.inference.propose import build_config
 from sharpmask_d2.structures import WindowMasks
+from sharpmask_d2.windows.geometry import label_rule, label_windows
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "analyze_proposals.py"
 RULE = WindowRule(share=0.8, window_size=160, shift=16.0, octaves=0.25)

@@ -13,11 +13,12 @@ import cv2
 import pytest
 import torch
 from sharpmask_d2 import model_zoo
-from sharpmask_d2.benchmark import STAGES, StageClock, best_rates, count_operations, draw_objects, growth
-from sharpmask_d2.benchmark import stages as stages_module
-from sharpmask_d2.benchmark.proposals import summarize
-from sharpmask_d2.engine import Trainer
+from sharpmask_d2.engine.trainer import Trainer
 from torch import nn
+
+from benchmarks import STAGES, StageClock, best_rates, count_operations, draw_objects, growth
+from benchmarks import stages as stages_module
+from benchmarks.proposals import summarize
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark.py"
 
@@ -111,7 +112,7 @@ def test_operations_of_packaged_models_are_counted(name):
 
 
 def test_rates_are_of_the_work_done(monkeypatch):
-    from sharpmask_d2.benchmark import limits
+    from benchmarks import limits
 
     monkeypatch.setitem(limits._MATRIX_SIDE, "cpu", 64)
     monkeypatch.setitem(limits._CONV, "cpu", {"batch": 1, "channels": 8, "side": 16})

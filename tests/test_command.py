@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from sharpmask_d2.command import run, set_threads
+from sharpmask_d2.cli.command import run, set_threads
 from sharpmask_d2.errors import UserError
 
 

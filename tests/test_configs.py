@@ -13,11 +13,11 @@ from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from sharpmask_d2 import add_sharpmask_config
-from sharpmask_d2.engine import build_optimizer
-from sharpmask_d2.modeling.heads import CoarseMask
-from sharpmask_d2.modeling.pyramid_heads import WindowDecoder
-from sharpmask_d2.modeling.refinement import MultiscaleRefinement, SharpMaskRefinement, SkipRefinement
-from sharpmask_d2.modeling.sampled_decoder import SampledDecoder
+from sharpmask_d2.engine.trainer import build_optimizer
+from sharpmask_d2.modeling.feature_pyramid.decoder import SampledDecoder
+from sharpmask_d2.modeling.feature_pyramid.scores import WindowDecoder
+from sharpmask_d2.modeling.image_pyramid.heads import CoarseMask
+from sharpmask_d2.modeling.image_pyramid.refinement import MultiscaleRefinement, SharpMaskRefinement, SkipRefinement
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Name -> mask branch, window, number of scales.

@@ -10,9 +10,10 @@ from conftest import to_small_detector, write_with_weights
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_util
-from sharpmask_d2 import detect, model_zoo
+from sharpmask_d2 import model_zoo
 from sharpmask_d2.data import register_datasets
-from sharpmask_d2.predictor import DetectionPredictor
+from sharpmask_d2.inference import detect
+from sharpmask_d2.inference.predictor import DetectionPredictor
 
 
 @pytest.fixture

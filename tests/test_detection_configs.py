@@ -14,7 +14,7 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from sharpmask_d2 import add_sharpmask_config
-from sharpmask_d2.engine import reads_proposal_masks
+from sharpmask_d2.engine.trainer import reads_proposal_masks
 from sharpmask_d2.modeling.backbone import VGGTrunk
 
 CONFIGS = ROOT / "configs" / "detection"

@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT
 from detectron2.config import get_cfg
 from sharpmask_d2 import add_sharpmask_config
-from sharpmask_d2.compute import compute_proposals
 from sharpmask_d2.data import register_datasets
-from sharpmask_d2.engine import Trainer
+from sharpmask_d2.engine.trainer import Trainer
+from sharpmask_d2.inference.propose import compute_proposals
 
 
 @pytest.mark.slow

@@ -19,12 +19,12 @@ from detectron2.modeling.proposal_generator import build_proposal_generator
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks, pairwise_iou
 from detectron2.utils.events import EventStorage
 from sharpmask_d2.modeling.backbone.detector import TrunkAndPyramid
-from sharpmask_d2.modeling.feature_table import FeatureTable
-from sharpmask_d2.modeling.pyramid_windows import spread
-from sharpmask_d2.modeling.window_targets import balance_windows
-from sharpmask_d2.modeling.windows import pyramid_sizes
+from sharpmask_d2.modeling.feature_pyramid.feature_table import FeatureTable
+from sharpmask_d2.modeling.feature_pyramid.grid import spread
 from sharpmask_d2.structures import rescale_proposals
 from sharpmask_d2.structures.mask_stability import mask_stability
+from sharpmask_d2.windows.geometry import pyramid_sizes
+from sharpmask_d2.windows.targets import balance_windows
 from torch import nn
 
 RULE = {"positive_shift": 16.0, "positive_octaves": 0.25, "negative_shift": 32.0, "negative_octaves": 1.0}

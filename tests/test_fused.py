@@ -1,12 +1,12 @@
 import pytest
 import torch
 from detectron2.modeling.backbone.resnet import BottleneckBlock
+from sharpmask_d2.inference.fused import FusedBottleneck, FusedConv2d, FusedLinear, can_fuse, fuse_layers
+from sharpmask_d2.inference.preparation import autocast, prepare_for_inference
 from sharpmask_d2.modeling.backbone.resnet import ResNetTrunk
 from sharpmask_d2.modeling.backbone.timm import TimmTrunk
-from sharpmask_d2.modeling.fused import FusedBottleneck, FusedConv2d, FusedLinear, can_fuse, fuse_layers
-from sharpmask_d2.modeling.inference import autocast, prepare_for_inference
+from sharpmask_d2.modeling.image_pyramid.refinement import RefinementModule
 from sharpmask_d2.modeling.layers import MirroredConv2d, fold_batch_norm
-from sharpmask_d2.modeling.refinement import RefinementModule
 from torch import nn
 
 pytestmark = pytest.mark.skipif(not can_fuse(torch.float32), reason="needs oneDNN")

@@ -11,8 +11,8 @@ import torch
 from conftest import EXIF_ORIENTATION
 from detectron2.data import detection_utils
 from PIL import Image
-from sharpmask_d2.images import ImageError, read_image, to_pixels
-from sharpmask_d2.predictor import ProposalPredictor
+from sharpmask_d2.data.images import ImageError, read_image, to_pixels
+from sharpmask_d2.inference.predictor import ProposalPredictor
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
 GREY = COLOUR[:, :, 0]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as mask_util
-from sharpmask_d2.predictor import ProposalPredictor
+from sharpmask_d2.inference.predictor import ProposalPredictor
 from sharpmask_d2.structures import WindowMasks, build_proposals
 from sharpmask_d2.structures.mask_stability import mask_stability
 

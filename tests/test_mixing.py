@@ -16,8 +16,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from sharpmask_d2.data import add_dataset_option, build_jitter_train_loader, register_datasets
 from sharpmask_d2.data.mixing import MixingSampler, epoch_counts, load_datasets
-from sharpmask_d2.modeling.pyramid_sampling import PyramidSampler
-from sharpmask_d2.modeling.pyramid_windows import PyramidWindows
+from sharpmask_d2.modeling.feature_pyramid.grid import PyramidWindows
+from sharpmask_d2.modeling.feature_pyramid.labels import PyramidSampler
 
 RULE = {"positive_shift": 16.0, "positive_octaves": 0.25, "negative_shift": 32.0, "negative_octaves": 1.0}
 

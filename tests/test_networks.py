@@ -11,7 +11,15 @@ from detectron2.modeling.backbone import Backbone
 from sharpmask_d2 import add_sharpmask_config
 from sharpmask_d2.modeling.backbone import ResNetTrunk, TimmTrunk, VGGTrunk
 from sharpmask_d2.modeling.blocks import conv_blocks, conv_upsampled, from_blocks, to_blocks
-from sharpmask_d2.modeling.heads import HEADS, CoarseMask, WindowHead
+from sharpmask_d2.modeling.image_pyramid.heads import HEADS, CoarseMask, WindowHead
+from sharpmask_d2.modeling.image_pyramid.network import SharpMaskNetwork
+from sharpmask_d2.modeling.image_pyramid.refinement import (
+    MultiscaleRefinement,
+    SharpMaskRefinement,
+    SkipRefinement,
+    concatenate,
+    module_channels,
+)
 from sharpmask_d2.modeling.layers import (
     EvenSameConv2d,
     MirroredConv2d,
@@ -20,15 +28,7 @@ from sharpmask_d2.modeling.layers import (
     use_mirrored_padding,
 )
 from sharpmask_d2.modeling.proposal_generator import ImagePyramid
-from sharpmask_d2.modeling.refinement import (
-    MultiscaleRefinement,
-    SharpMaskRefinement,
-    SkipRefinement,
-    concatenate,
-    module_channels,
-)
-from sharpmask_d2.modeling.sharpmask import SharpMaskNetwork
-from sharpmask_d2.modeling.windows import cell_windows, object_windows, pyramid_levels
+from sharpmask_d2.windows.geometry import cell_windows, object_windows, pyramid_levels
 from torch import nn
 
 

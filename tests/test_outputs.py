@@ -19,14 +19,16 @@ import torch
 from conftest import ROOT
 from detectron2.structures import Boxes, Instances
 from PIL import Image
-from sharpmask_d2 import compute, detect, outputs
 from sharpmask_d2.checkpoint import save_packed
-from sharpmask_d2.checkpoint.torch7_conversion import Torch7Model, save_torch7_model
-from sharpmask_d2.compute import InputImage, list_inputs, process_images
 from sharpmask_d2.evaluation.proposal_evaluation import write_json
-from sharpmask_d2.outputs import OutputError, check_outputs, open_locked, open_output, write_output
-from sharpmask_d2.proposal_files import ProposalWriter, write_pickle
+from sharpmask_d2.inference import detect
+from sharpmask_d2.inference import propose as compute
+from sharpmask_d2.inference.propose import InputImage, list_inputs, process_images
+from sharpmask_d2.io import outputs
+from sharpmask_d2.io.outputs import OutputError, check_outputs, open_locked, open_output, write_output
+from sharpmask_d2.io.proposal_files import ProposalWriter, write_pickle
 from sharpmask_d2.structures import WindowMasks
+from sharpmask_d2.torch7.conversion import Torch7Model, save_torch7_model
 from sharpmask_d2.visualization import name_pictures, write_picture
 
 

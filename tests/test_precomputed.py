@@ -32,10 +32,10 @@ from detectron2.utils.events import EventStorage
 from pycocotools import mask as mask_util
 from sharpmask_d2.data import ProposalMapper, load_proposal_masks, register_datasets
 from sharpmask_d2.data.proposal_mapper import get_proposal_dicts, sample_masks
-from sharpmask_d2.engine import Trainer, optimizer_params
+from sharpmask_d2.engine.trainer import Trainer, optimizer_params
 from sharpmask_d2.evaluation import WithGeneratedProposals, evaluate_proposal_file
 from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json
-from sharpmask_d2.proposal_files import write_pickle
+from sharpmask_d2.io.proposal_files import write_pickle
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "precomputed"

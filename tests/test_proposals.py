@@ -18,13 +18,14 @@ from detectron2.modeling import build_model
 from detectron2.modeling.proposal_generator import build_proposal_generator
 from detectron2.structures import BoxMode, ImageList, Instances
 from pycocotools import mask as mask_util
-from sharpmask_d2 import compute, model_zoo
-from sharpmask_d2.caching import keep_between_images
+from sharpmask_d2 import model_zoo
 from sharpmask_d2.errors import UserError
-from sharpmask_d2.modeling.inference import autocast, prepare_for_inference
+from sharpmask_d2.inference import propose as compute
+from sharpmask_d2.inference.caching import keep_between_images
+from sharpmask_d2.inference.predictor import ProposalPredictor
+from sharpmask_d2.inference.preparation import autocast, prepare_for_inference
+from sharpmask_d2.io.proposal_files import ProposalWriter, to_results
 from sharpmask_d2.modeling.layers import fold_batch_norm
-from sharpmask_d2.predictor import ProposalPredictor
-from sharpmask_d2.proposal_files import ProposalWriter, to_results
 from sharpmask_d2.visualization import choose_distinct, draw_masks
 
 

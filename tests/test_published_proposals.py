@@ -19,9 +19,9 @@ import pytest
 from detectron2.data.build import load_proposals_into_dataset
 from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
-from sharpmask_d2 import published_proposals
-from sharpmask_d2.published_proposals import convert_proposals, list_files, read_proposals
 from sharpmask_d2.structures.coco_masks import count_pixels
+from sharpmask_d2.torch7 import published_proposals
+from sharpmask_d2.torch7.published_proposals import convert_proposals, list_files, read_proposals
 from torch7_writer import dumps
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "convert_proposals.py"

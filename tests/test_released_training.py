@@ -23,8 +23,8 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from sharpmask_d2 import add_sharpmask_config
-from sharpmask_d2.checkpoint.torch7_conversion import convert_content
-from sharpmask_d2.checkpoint.torch7_reader import parse_torch7
+from sharpmask_d2.torch7.conversion import convert_content
+from sharpmask_d2.torch7.reader import parse_torch7
 from torch import nn
 from torch7_models import draw_deepmask, draw_sharpmask, published
 from torch7_network import LiteralDeepMask, LiteralSharpMask, SoftMarginCriterion

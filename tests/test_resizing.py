@@ -7,9 +7,9 @@ import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 import numpy as np
 import pytest
 import torch
-from sharpmask_d2.modeling.resizing import resize
-from sharpmask_d2.modeling.windows import corner_aligned
+from sharpmask_d2.modeling.image_pyramid.resizing import resize
 from sharpmask_d2.structures import WindowMasks
+from sharpmask_d2.windows.geometry import corner_aligned
 
 
 def released_sampler(plane: np.ndarray, size: tuple) -> np.ndarray:

@@ -22,8 +22,8 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from sharpmask_d2.checkpoint import SafeCheckpointer, StrictCheckpointer
 from sharpmask_d2.data import build_resumable_train_loader, register_datasets
-from sharpmask_d2.engine import Trainer
-from sharpmask_d2.outputs import OutputError
+from sharpmask_d2.engine.trainer import Trainer
+from sharpmask_d2.io.outputs import OutputError
 from torch import nn
 
 NAME = "resumed_on"

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import ROOT
 from sharpmask_d2.checkpoint import read_checkpoint
-from sharpmask_d2.compute import build_config
 from sharpmask_d2.errors import UserError
+from sharpmask_d2.inference.propose import build_config
 
 
 class _Touch:

@@ -11,11 +11,11 @@ import torch
 from conftest import draw_example
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from sharpmask_d2.modeling.feature_table import FeatureTable
+from sharpmask_d2.modeling.feature_pyramid.decoder import SampledDecoder, jittered_windows
+from sharpmask_d2.modeling.feature_pyramid.feature_table import FeatureTable
+from sharpmask_d2.modeling.feature_pyramid.labels import enlarged
 from sharpmask_d2.modeling.losses import dice_loss, quality_focal_loss
-from sharpmask_d2.modeling.pyramid_sampling import enlarged
-from sharpmask_d2.modeling.sampled_decoder import SampledDecoder, jittered_windows
-from sharpmask_d2.modeling.windows import pyramid_sizes, square_windows
+from sharpmask_d2.windows.geometry import pyramid_sizes, square_windows
 
 STRIDES = [4, 8, 16, 32]
 

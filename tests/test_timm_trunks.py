@@ -5,8 +5,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from sharpmask_d2.inference.preparation import prepare_for_inference
 from sharpmask_d2.modeling.backbone import TimmTrunk
-from sharpmask_d2.modeling.inference import prepare_for_inference
 from sharpmask_d2.modeling.layers import MergedNorm, fold_batch_norm
 from torch import nn
 

@@ -14,14 +14,9 @@ from conftest import ROOT
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from sharpmask_d2 import add_sharpmask_config
-from sharpmask_d2.checkpoint.torch7_conversion import (
-    ConversionError,
-    convert_content,
-    convert_torch7,
-    save_torch7_model,
-)
-from sharpmask_d2.checkpoint.torch7_reader import Torch7Error, parse_torch7
-from sharpmask_d2.predictor import ProposalPredictor
+from sharpmask_d2.inference.predictor import ProposalPredictor
+from sharpmask_d2.torch7.conversion import ConversionError, convert_content, convert_torch7, save_torch7_model
+from sharpmask_d2.torch7.reader import Torch7Error, parse_torch7
 from torch7_models import draw_deepmask, draw_sharpmask, published
 from torch7_network import LiteralDeepMask, LiteralSharpMask
 from torch7_writer import Object, Storage, Tensor, dumps

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch7_network
-from sharpmask_d2.checkpoint.torch7_reader import TorchObject, parse_torch7
+from sharpmask_d2.torch7.reader import TorchObject, parse_torch7
 from torch7_models import draw_deepmask, draw_sharpmask, published
 from torch7_network import Literal, LiteralDeepMask, LiteralSharpMask, SoftMarginCriterion, scaled_mask_gradient
 from torch7_writer import Object, Storage, dumps

@@ -19,14 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sharpmask_d2.checkpoint.torch7_reader import (
-    SkippedFunction,
-    Table,
-    Torch7Error,
-    TorchObject,
-    parse_torch7,
-    read_torch7,
-)
+from sharpmask_d2.torch7.reader import SkippedFunction, Table, Torch7Error, TorchObject, parse_torch7, read_torch7
 from torch7_writer import Function, Object, Storage, Tensor, dumps, dumps_parts
 
 LONG_SIZES = (8, 4)

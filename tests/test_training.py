@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import hooks
 from detectron2.modeling import build_model
 from sharpmask_d2.data import register_datasets
-from sharpmask_d2.engine import Trainer, build_optimizer
+from sharpmask_d2.engine.trainer import Trainer, build_optimizer
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,8 +10,8 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from sharpmask_d2.modeling import layers
+from sharpmask_d2.modeling.image_pyramid import generator as image_pyramid
 from sharpmask_d2.modeling.layers import fold_batch_norm
-from sharpmask_d2.modeling.proposal_generator import image_pyramid
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from sharpmask_d2.modeling.windows import (
+from sharpmask_d2.windows.geometry import (
     Level,
     canonical_size,
     cell_windows,

@@ -1,4 +1,4 @@
-"""Torch7's binary format, written for tests: the counterpart of sharpmask_d2/checkpoint/torch7_reader.py, made from the format alone."""
+"""Torch7's binary format, written for tests: the counterpart of sharpmask_d2/torch7/reader.py, made from the format alone."""
 
 import struct
 

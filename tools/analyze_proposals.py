@@ -11,9 +11,9 @@ the rank is to blame for an object that is missed, and, for a model that makes m
 
 import argparse
 
-from sharpmask_d2.analyze import analyze_proposals
-from sharpmask_d2.compute import DEFAULT
-from sharpmask_d2.modeling.inference import DTYPES
+from sharpmask_d2.cli.analyze import analyze_proposals
+from sharpmask_d2.inference.preparation import DTYPES
+from sharpmask_d2.inference.propose import DEFAULT
 
 
 def main() -> None:

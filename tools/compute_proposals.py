@@ -15,9 +15,9 @@ import os
 # Read when torch is loaded; see docs/performance.md, "Shared machines".
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from sharpmask_d2.command import add_threads_option, positive, run, set_threads
-from sharpmask_d2.compute import DEFAULT, compute_proposals
-from sharpmask_d2.modeling.inference import DTYPES
+from sharpmask_d2.cli.command import add_threads_option, positive, run, set_threads
+from sharpmask_d2.inference.preparation import DTYPES
+from sharpmask_d2.inference.propose import DEFAULT, compute_proposals
 
 
 def parse_args() -> argparse.Namespace:

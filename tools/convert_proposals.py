@@ -9,8 +9,8 @@ The inputs are JSON chunks (props-1-500.json ...) or .t7 files. A run that was s
 
 import argparse
 
-from sharpmask_d2.command import positive, run
-from sharpmask_d2.published_proposals import convert_proposals
+from sharpmask_d2.cli.command import positive, run
+from sharpmask_d2.torch7.published_proposals import convert_proposals
 
 
 def parse_args() -> argparse.Namespace:

@@ -9,9 +9,9 @@ Nothing in the file is executed.
 
 import argparse
 
-from sharpmask_d2.checkpoint.torch7_conversion import config_path, convert_torch7, save_torch7_model
-from sharpmask_d2.command import run
-from sharpmask_d2.outputs import check_outputs
+from sharpmask_d2.cli.command import run
+from sharpmask_d2.io.outputs import check_outputs
+from sharpmask_d2.torch7.conversion import config_path, convert_torch7, save_torch7_model
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ import os
 # Read when torch is loaded; see docs/performance.md, "Shared machines".
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from sharpmask_d2.command import add_threads_option, run, set_threads
+from sharpmask_d2.cli.command import add_threads_option, run, set_threads
 from sharpmask_d2.data import add_dataset_option, register_datasets
-from sharpmask_d2.detect import DEFAULT_DETECTOR, detect
+from sharpmask_d2.inference.detect import DEFAULT_DETECTOR, detect
 
 
 def parse_args() -> argparse.Namespace:

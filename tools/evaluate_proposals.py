@@ -5,7 +5,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from sharpmask_d2.command import run
+from sharpmask_d2.cli.command import run
+from sharpmask_d2.data.failed_images import FailedImages
 from sharpmask_d2.evaluation.proposal_evaluation import (
     evaluate_proposal_json,
     format_table,
@@ -13,8 +14,7 @@ from sharpmask_d2.evaluation.proposal_evaluation import (
     load_json,
     write_json,
 )
-from sharpmask_d2.failed_images import FailedImages
-from sharpmask_d2.outputs import check_outputs
+from sharpmask_d2.io.outputs import check_outputs
 from sharpmask_d2.visualization import write_extremes
 
 

@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 from sharpmask_d2.checkpoint import pack, read_checkpoint, save_packed
-from sharpmask_d2.command import run
-from sharpmask_d2.outputs import check_outputs
+from sharpmask_d2.cli.command import run
+from sharpmask_d2.io.outputs import check_outputs
 
 
 def main() -> None:

@@ -10,13 +10,13 @@ import os
 import time
 
 import cv2
-from sharpmask_d2.command import positive, run
+from sharpmask_d2.cli.command import positive, run
 from sharpmask_d2.data.coco import load_images
+from sharpmask_d2.data.failed_images import FailedImages
+from sharpmask_d2.data.images import read_image
 from sharpmask_d2.errors import UserError
 from sharpmask_d2.evaluation.proposal_evaluation import write_json
-from sharpmask_d2.failed_images import FailedImages
-from sharpmask_d2.images import read_image
-from sharpmask_d2.outputs import check_outputs
+from sharpmask_d2.io.outputs import check_outputs
 
 
 def selective_search(image, mode: str):

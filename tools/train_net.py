@@ -20,10 +20,10 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from sharpmask_d2.checkpoint import StrictCheckpointer
-from sharpmask_d2.command import run
+from sharpmask_d2.cli.command import run
 from sharpmask_d2.config import check_device, merge_options, read_config
 from sharpmask_d2.data import add_dataset_option, check_datasets, register_datasets
-from sharpmask_d2.engine import Trainer
+from sharpmask_d2.engine.trainer import Trainer
 from sharpmask_d2.errors import UserError
 
 

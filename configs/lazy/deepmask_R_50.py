@@ -1,7 +1,7 @@
 """Stage 1 of the released SharpMask: DeepMask on ResNet-50."""
 
 from detectron2.config import LazyCall as L
-from sharpmask_d2.modeling.heads import CoarseMask
+from sharpmask_d2.modeling.image_pyramid.heads import CoarseMask
 
 from .common.base import dataloader, lr_multiplier, mapper, model, optimizer, train  # noqa: F401
 

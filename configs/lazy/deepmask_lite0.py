@@ -4,7 +4,7 @@ import torch
 from detectron2.config import LazyCall as L
 from fvcore.common.param_scheduler import CosineParamScheduler
 from sharpmask_d2.modeling.backbone import TimmTrunk
-from sharpmask_d2.modeling.heads import CoarseMask
+from sharpmask_d2.modeling.image_pyramid.heads import CoarseMask
 
 from .common.base import dataloader, lr_multiplier, mapper, model, optimizer, train
 

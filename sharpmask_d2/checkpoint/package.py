@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..outputs import open_output
+from ..io.outputs import open_output
 
 
 def pack(states: list) -> dict:

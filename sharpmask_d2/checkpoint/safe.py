@@ -10,7 +10,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from ..errors import UserError
-from ..outputs import open_output
+from ..io.outputs import open_output
 from .read import read_checkpoint
 
 # Names of parameters that an error lists.

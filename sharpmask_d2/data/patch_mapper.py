@@ -9,8 +9,8 @@ import torch
 from detectron2.config import configurable
 
 from ..errors import UserError
-from ..images import ImageError, read_image
-from ..modeling.windows import label_rule
+from ..windows.geometry import label_rule
+from .images import ImageError, read_image
 from .objects import ImageObjects, cut_region, large_enough, read_objects, render_mask
 from .window_sampling import WindowSampler
 

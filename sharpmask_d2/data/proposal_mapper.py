@@ -23,7 +23,7 @@ from pycocotools import mask as mask_util
 from torchvision.ops import roi_align
 
 from ..errors import UserError
-from ..proposal_files import count_rles, split_rles
+from ..io.proposal_files import count_rles, split_rles
 from ..structures import WindowMasks
 from ..structures.coco_masks import MaskError, check_masks
 from .resumable import ResumableLoader, build_resumable_train_loader

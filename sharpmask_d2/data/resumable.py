@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 
 from ..errors import UserError
-from ..seeding import SAMPLER, SAMPLES, seeded
+from .seeding import SAMPLER, SAMPLES, seeded
 
 
 class BatchStream(IterableDataset):

@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..data.proposal_mapper import get_proposal_dicts, load_proposal_masks
-from ..proposal_files import split_rles
+from ..io.proposal_files import split_rles
 from ..structures import rescale_proposals
 from .proposal_evaluation import ProposalEvaluator
 

@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from torch import nn
 from tqdm import tqdm
 
-from ..modeling.windows import canonical_size, label_rule
+from ..windows.geometry import canonical_size, label_rule
 from .given_boxes import BoxDecoder, decode_boxes
 from .missed_objects import WindowRule
 from .proposed_image import ProposedImage, proposed_image

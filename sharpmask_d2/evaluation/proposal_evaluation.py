@@ -23,7 +23,7 @@ from tabulate import tabulate
 
 from ..data.coco import check_annotations, image_size, load_annotations, load_json
 from ..errors import UserError
-from ..outputs import write_output
+from ..io.outputs import write_output
 from ..structures.coco_masks import MaskError, to_rle
 from .coco_results import check_results
 from .recall import AREA_RANGES, IOU_THRESHOLDS, PROPOSAL_COUNTS, GroundTruth, RecallAccumulator

@@ -1,7 +1,7 @@
 from . import backbone, roi_heads
+from .image_pyramid.network import SharpMaskNetwork
 from .meta_arch import SegmentProposalNetwork, SharpMaskProposalNetwork
 from .proposal_generator import ImagePyramid, SharpMaskFPN, SharpMaskGenerator
-from .sharpmask import SharpMaskNetwork
 from .test_time_augmentation import ProposalMaskTTA
 
 __all__ = [

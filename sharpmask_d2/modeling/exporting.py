@@ -24,5 +24,5 @@ class NotExportable(nn.Module):
     def _refuse(self) -> None:
         raise NotImplementedError(
             f"{type(self).__name__} cannot be exported: traced or scripted, it would fit the traced image alone. Run it in Python, as "
-            "sharpmask_d2.predictor does; of a detector, a part that does not hold it, such as the backbone, can be traced"
+            "sharpmask_d2.inference.predictor does; of a detector, a part that does not hold it, such as the backbone, can be traced"
         )

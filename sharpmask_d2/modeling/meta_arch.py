@@ -16,9 +16,13 @@ from ..data.patch_mapper import PatchMapper
 from ..errors import UserError
 from ..structures import rescale_proposals
 from .exporting import NotExportable
+from .image_pyramid.resizing import resize
 from .losses import mask_iou, mask_loss, score_loss
 from .proposal_generator import ImagePyramid
-from .resizing import resize
+
+# Values of MODEL.META_ARCHITECTURE of the stand-alone networks: trained on patches, or on full images.
+ARCHITECTURE = "SharpMaskProposalNetwork"
+ALONE = (ARCHITECTURE, "SegmentProposalNetwork")
 
 
 @META_ARCH_REGISTRY.register()

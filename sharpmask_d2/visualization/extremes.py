@@ -11,8 +11,8 @@ import numpy as np
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
-from ..failed_images import FailedImages
-from ..images import read_image
+from ..data.failed_images import FailedImages
+from ..data.images import read_image
 from ..structures.coco_masks import to_rle
 from .overlay import draw_masks
 from .pictures import write_picture

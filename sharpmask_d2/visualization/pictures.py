@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from ..errors import UserError
-from ..outputs import write_output
+from ..io.outputs import write_output
 
 
 def write_picture(path: Path, pixels: np.ndarray) -> None:

@@ -11,14 +11,14 @@ from detectron2.layers import ShapeSpec
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 from sharpmask_d2.data import PatchMapper, WindowSampler, build_patch_train_loader
-from sharpmask_d2.engine import optimizer_params
+from sharpmask_d2.engine.trainer import optimizer_params
 from sharpmask_d2.evaluation import ProposalEvaluator
 from sharpmask_d2.modeling.backbone import ResNetTrunk
-from sharpmask_d2.modeling.heads import WindowHead
+from sharpmask_d2.modeling.image_pyramid.heads import WindowHead
+from sharpmask_d2.modeling.image_pyramid.network import SharpMaskNetwork
+from sharpmask_d2.modeling.image_pyramid.refinement import SharpMaskRefinement
 from sharpmask_d2.modeling.meta_arch import SharpMaskProposalNetwork
 from sharpmask_d2.modeling.proposal_generator import ImagePyramid
-from sharpmask_d2.modeling.refinement import SharpMaskRefinement
-from sharpmask_d2.modeling.sharpmask import SharpMaskNetwork
 
 mapper = L(PatchMapper)(
     sampler=L(WindowSampler)(

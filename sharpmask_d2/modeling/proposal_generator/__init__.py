@@ -1,5 +1,5 @@
-from .image_pyramid import ImagePyramid
+from ..image_pyramid.generator import ImagePyramid
+from .sharpmask import SharpMaskGenerator
 from .sharpmask_fpn import SharpMaskFPN
-from .sharpmask_generator import SharpMaskGenerator
 
 __all__ = ["ImagePyramid", "SharpMaskFPN", "SharpMaskGenerator"]

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ...structures import WindowMasks, build_proposals
 from ...structures.mask_nms import log_to_logit
+from ...windows.geometry import label_rule, pyramid_sizes, square_windows
+from ...windows.targets import mask_targets
 from ..exporting import NotExportable
-from ..feature_table import FeatureTable
+from ..feature_pyramid.decoder import SampledDecoder, jittered_windows
+from ..feature_pyramid.feature_table import FeatureTable
+from ..feature_pyramid.grid import Cells, PyramidWindows, spread
+from ..feature_pyramid.labels import PyramidSampler, WindowSample, enlarged
+from ..feature_pyramid.scores import WindowDecoder, WindowScores, coarser_levels
 from ..losses import dice_loss, mask_iou, mask_loss, quality_focal_loss, score_loss
-from ..pyramid_heads import WindowDecoder, WindowScores, coarser_levels
-from ..pyramid_sampling import PyramidSampler, WindowSample, enlarged
-from ..pyramid_windows import Cells, PyramidWindows, spread
-from ..sampled_decoder import SampledDecoder, jittered_windows
-from ..window_targets import mask_targets
-from ..windows import label_rule, pyramid_sizes, square_windows
-from .targets import LearntGenerator, aside, check_masks, log_windows
+from .learnt import LearntGenerator, aside, check_masks, log_windows
 
 # Windows that are looked at for each proposal, so that enough are left when neighbours step back.
 _CANDIDATES = 4

@@ -1,0 +1,112 @@
+"""Seconds of the stages of making proposals."""
+
+import time
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager
+
+import torch
+from sharpmask_d2.inference import predictor
+from sharpmask_d2.modeling.image_pyramid import generator as image_pyramid
+from sharpmask_d2.modeling.meta_arch import SegmentProposalNetwork
+from sharpmask_d2.modeling.proposal_generator import sharpmask_fpn
+
+# In the order in which they run; what none of them has is "windows": the best ones are chosen, and cut out of the features.
+STAGES = ("pyramid", "trunk", "score", "horizontal", "refinement", "boxes", "windows")
+
+
+class StageClock:
+    """Measures a model that makes proposals of full images, without a line of timing in it.
+
+    Inside `with clock:` the methods that make up a stage are replaced by ones that take the time. A stage inside another one counts for
+    itself alone. On a GPU every stage ends with a synchronisation, so that the sum is a little more than an unmeasured run takes.
+    """
+
+    def __init__(self, model):
+        """
+        Args:
+            model: SharpMaskProposalNetwork or SegmentProposalNetwork.
+        """
+        self.model = model
+        self.seconds = defaultdict(float)
+        self._running = []
+
+    def __enter__(self) -> "StageClock":
+        self._patches = ExitStack()
+        for stage, owner, name in _parts(self.model):
+            self._patches.enter_context(self._replaced(owner, name, stage))
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._patches.close()
+
+    @contextmanager
+    def stage(self, name: str):
+        """A context whose time belongs to the stage `name`."""
+        now = self._now()
+        if self._running:
+            self.seconds[self._running[-1][0]] += now - self._running[-1][1]
+        self._running.append([name, now])
+        try:
+            yield
+        finally:
+            now = self._now()
+            name, started = self._running.pop()
+            self.seconds[name] += now - started
+            if self._running:
+                self._running[-1][1] = now
+
+    def _now(self) -> float:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def _replaced(self, owner, name: str, stage: str):
+        plain, own = getattr(owner, name), name in vars(owner)
+
+        def timed(*args, **kwargs):
+            with self.stage(stage):
+                return plain(*args, **kwargs)
+
+        setattr(owner, name, timed)
+        try:
+            yield
+        finally:
+            if own:
+                setattr(owner, name, plain)
+            else:
+                # The method of the class shows again.
+                delattr(owner, name)
+
+
+def _decoder_stages(generator) -> list:
+    if generator.decodes_any_window:
+        return [("horizontal", generator.decoder, "tables"), ("refinement", generator.decoder, "masks")]
+    return [
+        ("horizontal", generator.decoder, "horizontal"),
+        ("refinement", generator.decoder, "embeddings"),
+        ("refinement", generator.decoder, "masks"),
+    ]
+
+
+def _parts(model) -> list:
+    """(stage, object, name of its method) of everything that belongs to a stage."""
+    if isinstance(model, SegmentProposalNetwork):
+        generator = model.proposal_generator
+        return [
+            ("pyramid", predictor, "prepare_image"),
+            ("trunk", model.backbone, "forward"),
+            ("score", generator, "pyramid"),
+            *_decoder_stages(generator),
+            ("boxes", sharpmask_fpn, "build_proposals"),
+        ]
+    network = model.pyramid.network
+    return [
+        ("pyramid", predictor, "prepare_image"),
+        ("pyramid", model.pyramid, "level_image"),
+        ("trunk", network.trunk, "forward"),
+        ("score", network.head, "forward"),
+        ("horizontal", network.mask_branch, "horizontal"),
+        ("refinement", network.mask_branch, "forward"),
+        ("boxes", image_pyramid, "build_proposals"),
+    ]

@@ -1,0 +1,1 @@
+"""Files that the command writes and resumes: checked outputs, results, precomputed proposals."""

@@ -1,0 +1,1 @@
+"""SharpMask on a feature pyramid: one pass of the backbone, windows on every level."""

@@ -1,0 +1,145 @@
+"""Masks of any windows of a feature pyramid: features are sampled on a grid of the window, whatever cells of whatever level it covers.
+
+Shape letters: B images, L levels, C channels of the pyramid, N windows, E embedding, k channels of the mask encoding, M mask side.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...windows.geometry import square_windows
+from ..blocks import conv_upsampled
+from .feature_table import FeatureTable
+
+# Sides of the grids on which a window is sampled for its embedding, and of the coarse mask.
+_EMBED_SIDE, _COARSE_SIDE = 7, 14
+
+
+class DecoderTables(NamedTuple):
+    """What the decoder computes once per batch of images: tables of the pyramid's features and of the two skip paths."""
+
+    features: FeatureTable
+    coarse: FeatureTable
+    fine: FeatureTable
+
+
+class SampledDecoder(nn.Module):
+    """From any square window to its mask of 56 x 56 cells.
+
+    A window becomes an embedding, of which DeepMask's coarse mask of 14 x 14 cells is a linear function. Two refinement steps follow, at
+    14 x 14 and at 28 x 28 cells, each with a skip path that is computed once per image (SharpMask, section 3.2).
+    """
+
+    def __init__(self, *, in_channels: int, embed_dim: int, channels: int):
+        """
+        Args:
+            in_channels: C.
+            embed_dim: E.
+            channels: k at 14 x 14 cells; half of it at 28 x 28 cells.
+        """
+        super().__init__()
+        half = channels // 2
+        self.embed = nn.Linear(_EMBED_SIDE**2 * in_channels, embed_dim)
+        self.start = nn.Linear(embed_dim, channels * _COARSE_SIDE**2)
+        self.horizontal_coarse = _skip_path(in_channels, channels)
+        self.horizontal_fine = _skip_path(in_channels, half)
+        self.refine_coarse = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.widen = nn.Conv2d(channels, half, 3, padding=1)
+        self.refine_fine = nn.Conv2d(half, half, 3, padding=1)
+        self.to_mask = nn.Conv2d(half, 1, 3, padding=1)
+        # Masks of the intermediate encodings, for deep supervision in training.
+        self.side_masks = nn.ModuleList([nn.Conv2d(channels, 1, 1), nn.Conv2d(half, 1, 1)])
+        self.mask_size = 4 * _COARSE_SIDE
+
+    def tables(self, features: list, extents: Tensor, strides: list) -> DecoderTables:
+        """
+        Args:
+            features: L maps (B, C, Y, X), fine to coarse.
+            extents, strides: see `FeatureTable`.
+        """
+        return DecoderTables(
+            FeatureTable(features, extents, strides),
+            FeatureTable([self.horizontal_coarse(x) for x in features], extents, strides),
+            FeatureTable([self.horizontal_fine(x) for x in features], extents, strides),
+        )
+
+    def forward(self, tables: DecoderTables, images: Tensor, windows: Tensor) -> list:
+        """
+        Args:
+            tables: from `tables`.
+            images: (N,) int64, the image of each window.
+            windows: (N, 4) XYXY squares in the frame of the resized image, in pixels; they may lie partly or wholly outside.
+
+        Returns:
+            mask logits of the windows before and after each refinement step: [(N, 14, 14), (N, 28, 28), (N, 56, 56)].
+        """
+        encoding = self._encode(tables, images, windows)
+        fine = self._refine(encoding, tables, images, windows)
+        return [self.side_masks[0](encoding)[:, 0], self.side_masks[1](fine)[:, 0], self._last_mask(fine)]
+
+    def masks(self, tables: DecoderTables, images: Tensor, windows: Tensor, *, refined: bool = True) -> Tensor:
+        """Masks for inference.
+
+        Args:
+            tables, images, windows: see `forward`.
+            refined: False leaves the refinement out, which takes most of the time: the coarse mask is interpolated.
+
+        Returns:
+            (N, 56, 56) logits.
+        """
+        encoding = self._encode(tables, images, windows)
+        if refined:
+            return self._last_mask(self._refine(encoding, tables, images, windows))
+        coarse = self.side_masks[0](encoding)
+        return F.interpolate(coarse, size=(self.mask_size,) * 2, mode="bilinear", align_corners=False)[:, 0]
+
+    def _encode(self, tables: DecoderTables, images: Tensor, windows: Tensor) -> Tensor:
+        """(N, k, 14, 14): DeepMask's coarse mask in k channels, the first skip path added."""
+        sampled = tables.features.sample_windows(images, windows, _EMBED_SIDE)
+        embeddings = self.embed(sampled.permute(0, 2, 3, 1).flatten(1)).relu()
+        encoding = self.start(embeddings).unflatten(1, (_COARSE_SIDE, _COARSE_SIDE, -1)).permute(0, 3, 1, 2)
+        encoding = (encoding + tables.coarse.sample_windows(images, windows, _COARSE_SIDE)).relu()
+        for conv in self.refine_coarse:
+            encoding = (encoding + conv(encoding)).relu()
+        return encoding
+
+    def _refine(self, encoding: Tensor, tables: DecoderTables, images: Tensor, windows: Tensor) -> Tensor:
+        """(N, k, 14, 14) to (N, k / 2, 28, 28), the second skip path added."""
+        fine = conv_upsampled(encoding, self.widen) + tables.fine.sample_windows(images, windows, 2 * _COARSE_SIDE)
+        return self.refine_fine(fine.relu()).relu()
+
+    def _last_mask(self, fine: Tensor) -> Tensor:
+        return conv_upsampled(fine, self.to_mask)[:, 0]
+
+
+def _skip_path(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), nn.ReLU(), nn.Conv2d(out_channels, out_channels, 1))
+
+
+def jittered_windows(boxes: Tensor, *, count: int, share: float, shift: float, octaves: float) -> tuple:
+    """Windows around objects, jittered continuously in place and size with torch's random numbers.
+
+    Args:
+        boxes: (G, 4) XYXY of the objects in pixels.
+        count: windows to draw; every object gets about as many of them.
+        share: of the canonical window, see `square_windows`.
+        shift: greatest distance from the object's centre along each axis, in sides of the window.
+        octaves: greatest factor on the side of the canonical window, either way, in octaves.
+
+    Returns:
+        (count, 4) XYXY, and (count,) int64, the object of each; both empty where there is no object.
+    """
+    if len(boxes) == 0:
+        return boxes.new_zeros(0, 4), torch.zeros(0, dtype=torch.long, device=boxes.device)
+    order = torch.randperm(len(boxes), device=boxes.device)
+    objects = order.repeat(-(-count // len(boxes)))[:count]
+    canonical = square_windows(boxes[objects], share)
+    sides = (canonical[:, 2:] - canonical[:, :2]) * 2.0 ** (octaves * _symmetric(count, 1, boxes))
+    centres = (canonical[:, :2] + canonical[:, 2:]) / 2 + shift * sides * _symmetric(count, 2, boxes)
+    return torch.cat([centres - sides / 2, centres + sides / 2], dim=1), objects
+
+
+def _symmetric(rows: int, columns: int, like: Tensor) -> Tensor:
+    return 2 * torch.rand(rows, columns, device=like.device, dtype=like.dtype) - 1

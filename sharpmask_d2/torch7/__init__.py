@@ -1,0 +1,1 @@
+"""Models and proposals that FAIR published in files of Torch7."""
