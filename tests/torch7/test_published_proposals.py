@@ -24,7 +24,7 @@ from sharpmask_d2.torch7 import published_proposals
 from sharpmask_d2.torch7.published_proposals import convert_proposals, list_files, read_proposals
 from torch7_writer import dumps
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "convert_proposals.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_proposals.py"
 
 # y1, x1, y2, x2, with no two numbers alike.
 BOXES = {139: [[10, 20, 41.5, 93], [3, 5, 60, 17]], 285: [], 632: [[1, 2, 30, 90.25]]}

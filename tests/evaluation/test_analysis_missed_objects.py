@@ -33,7 +33,7 @@ from sharpmask_d2.inference.propose import build_config
 from sharpmask_d2.structures import WindowMasks
 from sharpmask_d2.windows.geometry import label_rule, label_windows
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "analyze_proposals.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "analyze_proposals.py"
 RULE = WindowRule(share=0.8, window_size=160, shift=16.0, octaves=0.25)
 SIZE = (400, 600)
 

@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json, write_json
 from sharpmask_d2.visualization import rank_images
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
 def run_tool(monkeypatch, name, *arguments) -> None:

@@ -37,7 +37,7 @@ from sharpmask_d2.evaluation import WithGeneratedProposals, evaluate_proposal_fi
 from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json
 from sharpmask_d2.io.proposal_files import write_pickle
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAME = "precomputed"
 SIZE = (120, 160)
 

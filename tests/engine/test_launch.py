@@ -14,7 +14,7 @@ import detectron2
 import pytest
 from sharpmask_d2 import launch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Where the registry's package has them; a Detectron2 from git has none installed.
 SCRIPTS = Path(detectron2.__file__).resolve().parent.parent / "tools"
 needs_scripts = pytest.mark.skipif(

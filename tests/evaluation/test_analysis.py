@@ -16,7 +16,7 @@ from sharpmask_d2.evaluation.ranking_oracle import by_overlap, one_of_each_first
 from sharpmask_d2.evaluation.repetition import overlap_with_earlier
 from sharpmask_d2.evaluation.straight_edges import has_straight_edge, longest_straight_run
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "analyze_proposals.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "analyze_proposals.py"
 
 
 def encode(mask: np.ndarray) -> dict:

@@ -20,7 +20,7 @@ from sharpmask_d2.data import register_datasets
 from sharpmask_d2.engine.trainer import Trainer, build_optimizer
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAME = "trained_on"
 
 

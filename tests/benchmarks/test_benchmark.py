@@ -20,7 +20,7 @@ from benchmarks import STAGES, StageClock, best_rates, count_operations, draw_ob
 from benchmarks import stages as stages_module
 from benchmarks.proposals import summarize
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark.py"
+TOOL = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_the_tool_measures_models_in_turn(tiny_cfg, tmp_path, monkeypatch, capsy
     arguments = ["--config-file", config, "--dtype", "bfloat16", "--num-proposals", "5", "9", "--batch-size", "1", "2"]
     arguments += ["--image-size", "64", "96", "--repeat", "2", "--output", output]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "proposals", *map(str, arguments)])
-    runpy.run_path(str(TOOL), run_name="__main__")
+    runpy.run_module("benchmarks", run_name="__main__")
     assert "| tiny    | bfloat16 |" in capsys.readouterr().out
     figures = json.loads(output.read_text())
     runs = figures["runs"]
@@ -154,14 +154,14 @@ def test_batches_are_measured_by_the_image():
 def test_a_detector_is_told_where_it_belongs(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "proposals", "--model", "multipath_lite0"])
     with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(str(TOOL), run_name="__main__")
+        runpy.run_module("benchmarks", run_name="__main__")
     assert "['multipath_lite0'] make no proposals alone" in capsys.readouterr().err
 
 
 def run_tool(monkeypatch, tmp_path, *arguments) -> dict:
     output = tmp_path / "figures.json"
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments), "--output", str(output), "--repeat", "1"])
-    runpy.run_path(str(TOOL), run_name="__main__")
+    runpy.run_module("benchmarks", run_name="__main__")
     return json.loads(output.read_text())
 
 
