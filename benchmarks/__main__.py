@@ -1,9 +1,9 @@
 """Speed and memory, of proposals of full images and their evaluation, of training and cutting its patches, and of detectors.
 
-    python -m benchmarks proposals --model sharpmask_fpn_lite0 --config-file configs/sharpmask_R_50.yaml --dtype float32 bfloat16
-    python -m benchmarks growth --model sharpmask_fpn_lite0 --model sharpmask_lite0 --dtype bfloat16 --plot growth.png
+    python -m benchmarks proposals --model sharpmask_bifpn_lite0 --config-file configs/sharpmask_R_50.yaml --dtype float32 bfloat16
+    python -m benchmarks growth --model sharpmask_bifpn_lite0 --model sharpmask_lite0 --dtype bfloat16 --plot growth.png
     python -m benchmarks evaluation
-    python -m benchmarks training --config-file configs/deepmask_lite0.yaml --config-file configs/sharpmask_fpn_lite0.yaml
+    python -m benchmarks training --config-file configs/deepmask_lite0.yaml --config-file configs/sharpmask_bifpn_lite0.yaml
     python -m benchmarks sampler --annotations train.json --image-root images --config-file configs/deepmask_lite0.yaml
     python -m benchmarks detector --config-file configs/detection/multipath_lite0.yaml
 

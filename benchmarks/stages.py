@@ -79,16 +79,6 @@ class StageClock:
                 delattr(owner, name)
 
 
-def _decoder_stages(generator) -> list:
-    if generator.decodes_any_window:
-        return [("horizontal", generator.decoder, "tables"), ("refinement", generator.decoder, "masks")]
-    return [
-        ("horizontal", generator.decoder, "horizontal"),
-        ("refinement", generator.decoder, "embeddings"),
-        ("refinement", generator.decoder, "masks"),
-    ]
-
-
 def _parts(model) -> list:
     """(stage, object, name of its method) of everything that belongs to a stage."""
     if isinstance(model, SegmentProposalNetwork):
@@ -97,7 +87,8 @@ def _parts(model) -> list:
             ("pyramid", predictor, "prepare_image"),
             ("trunk", model.backbone, "forward"),
             ("score", generator, "pyramid"),
-            *_decoder_stages(generator),
+            ("horizontal", generator.decoder, "tables"),
+            ("refinement", generator.decoder, "masks"),
             ("boxes", sharpmask_fpn, "build_proposals"),
         ]
     network = model.pyramid.network

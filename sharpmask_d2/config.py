@@ -232,50 +232,43 @@ def add_sharpmask_config(cfg: CN) -> None:
     _C.GENERATOR.SHARED_BACKBONE = False
     # Longer side, in pixels, of the images that TEST.SCALES refer to; 0: the image as the detector resized it.
     _C.GENERATOR.REFERENCE_SIDE = 0
-    # Windows of an image that pay losses, and the share of them, at most, that are positive.
+    # Read by SharpMask, on image pyramids: number of windows per image that contribute to the losses, and the maximum share of positive
+    # ones among them.
     _C.GENERATOR.WINDOWS_PER_IMAGE = 64
     _C.GENERATOR.POSITIVE_FRACTION = 0.5
 
     # --- on a feature pyramid (MODEL.PROPOSAL_GENERATOR.NAME: SharpMaskFPN) --------------------------------------------------
-    # It reads the backbone, and of the keys above: WINDOW_SIZE (what LABELS refer to), EMBED_DIM, REFINEMENT.CHANNELS and
-    # SCHEDULE, the weights of the losses, LABELS, GENERATOR.FROZEN, WINDOWS_PER_IMAGE and POSITIVE_FRACTION, and TEST but for SCALES.
+    # It reads the backbone, and of the keys above: EMBED_DIM, REFINEMENT.CHANNELS, the weights of the losses, GENERATOR.FROZEN, and TEST
+    # but for SCALES.
     _C.FPN = CN()
-    # Levels of the backbone's pyramid, fine to coarse, and how many coarser ones are made of the last.
-    _C.FPN.IN_FEATURES = ["p2", "p3", "p4", "p5"]
-    _C.FPN.EXTRA_LEVELS = 2
+    # Levels of the backbone's pyramid, fine to coarse, and number of coarser levels that are computed from the last of them.
+    _C.FPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6", "p7"]
+    _C.FPN.EXTRA_LEVELS = 0
     # Sides of the windows in cells of their level; 5 and 7 are a half octave apart.
     _C.FPN.WINDOW_CELLS = [5, 7]
     # Larger side of an object that fits its window, as a share of the window's: 0.8 in FPN's section 6, 0.57 in DeepMask.
     _C.FPN.OBJECT_SHARE = 0.8
+    _C.FPN.LABELS = CN()
+    # The score of a window is trained towards 0 if the window is at least this far from the window that fits an object: distance between
+    # the centres along an axis, as a share of the window's side, or difference in size in octaves. Nearer windows have targets up to 1.
+    # The distance is that of the DeepMask paper, 32 of the 92 pixels of an object, in windows that the object takes 0.8 of.
+    _C.FPN.LABELS.NEGATIVE_SHIFT = 0.8 * 32 / 92
+    _C.FPN.LABELS.NEGATIVE_OCTAVES = 1.0
     # Channels of the score branch.
     _C.FPN.SCORE_CHANNELS = 64
-    # Added to the logits of scores at test for every octave of the window's size. Training draws as many negatives from a level as from the
-    # next, which has a quarter of its windows and as many objects: it makes small windows too sure by up to log 4 = 1.39 an octave.
-    _C.FPN.SCALE_PRIOR = 0.7
-    # IoU of windows from which, before masks are made, those of lower score step back behind all others; 1 is off.
+    # IoU with a window of higher score from which a window is ranked behind all windows that overlap less; 1 is off. Masks are decoded in
+    # the first NUM_PROPOSALS windows.
     _C.FPN.WINDOW_NMS_THRESH = 0.6
-    # Refinement modules: masks of 14 (0), 28 (1) or 56 cells (2).
-    _C.FPN.NUM_REFINEMENTS = 2
-    # Predict the IoU of masks and multiply it into the objectness, which beside TEST.MASK_STABILITY ranks worse; weight of its loss.
-    _C.FPN.QUALITY = False
-    _C.FPN.QUALITY_LOSS_WEIGHT = 1.0
-    # Windows that learn a mask, positive or not: this near to an object, in pixels of the patch and in octaves (see LABELS).
-    _C.FPN.MASK_SHIFT = 24.0
-    _C.FPN.MASK_OCTAVES = 0.5
-    # "cells" decodes the masks of whole cells of a level. "windows" decodes the masks of any windows and learns them in windows that are
-    # jittered around objects.
-    _C.FPN.DECODER = "cells"
-    # Of the decoder of windows: side of the window whose mask is decoded, in sides of the scored window.
+    # Side of the window whose mask is decoded, in sides of the scored window.
     _C.FPN.MASK_WINDOW = 1.2
     # Maximum number of proposals per image whose masks are refined to 56 x 56 cells, those of highest score; the others keep coarse
     # masks of 14 x 14 cells.
     _C.FPN.NUM_REFINED = 300
-    # Windows per image that learn a mask; their greatest shift, in sides of the window, and factor, in octaves.
-    _C.FPN.MASK_WINDOWS_PER_IMAGE = 32
+    # Number of windows per image that contribute to the losses of masks, jittered around the objects; their greatest shift, in sides of the
+    # window, and factor, in octaves.
+    _C.FPN.MASK_WINDOWS_PER_IMAGE = 48
     _C.FPN.MASK_JITTER_SHIFT = 0.12
     _C.FPN.MASK_JITTER_OCTAVES = 0.4
-    # Share of the negatives that are those of highest score.
-    _C.FPN.HARD_FRACTION = 0.5
     # Masks of detections: "proposal", those of the proposals they came from; "head", Detectron2's mask head; "none".
     _C.DETECTION_MASKS = "proposal"
 

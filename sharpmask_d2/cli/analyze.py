@@ -18,6 +18,7 @@ from ..inference.caching import keep_between_images
 from ..inference.predictor import ProposalPredictor, prepare_image
 from ..inference.preparation import autocast
 from ..inference.propose import build_config
+from ..modeling.meta_arch import SegmentProposalNetwork
 from ..structures import WindowMasks
 
 
@@ -65,11 +66,11 @@ def box_decoder(predictor: ProposalPredictor) -> Optional[BoxDecoder]:
         predictor: of any model.
 
     Returns:
-        None for a model whose generator makes masks only of windows of its own.
+        None for a model on an image pyramid, which makes masks only of windows of its own.
     """
-    generator = getattr(predictor.model, "proposal_generator", None)
-    if not getattr(generator, "decodes_any_window", False):
+    if not isinstance(predictor.model, SegmentProposalNetwork):
         return None
+    generator = predictor.model.proposal_generator
 
     @torch.no_grad()
     def decode(image: np.ndarray, boxes: np.ndarray) -> WindowMasks:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..windows.geometry import window_offsets, windows_to_patches
+from ..windows.geometry import window_offsets
 from .proposed_image import ProposedImage
 from .recall import AREA_RANGES, IOU_THRESHOLDS, PROPOSAL_COUNTS, RecallAccumulator
 from .tables import Table, percent
@@ -22,14 +22,13 @@ FOUND, NO_WINDOW, BAD_MASK, BAD_RANK, TAKEN = CAUSES = ("found", "no window near
 
 
 class WindowRule(NamedTuple):
-    """Which windows are near to an object: those that the label rule calls positive (see `modeling.windows.label_windows`).
+    """Which windows are near to an object: those that DeepMask's rule calls positive (see `modeling.windows.label_windows`).
 
-    share: larger side of an object that fits its window, as a share of the window's side. window_size: side in pixels of the patch that
-    the label rule speaks of. shift: in pixels of this patch, and octaves: how far a positive window may be from the canonical one.
+    share: larger side of an object that fits its window, as a share of the window's side. shift, as a share of the window's side, and
+    octaves: how far a window that is near may be from the canonical one.
     """
 
     share: float
-    window_size: int
     shift: float
     octaves: float
 
@@ -42,8 +41,7 @@ class WindowRule(NamedTuple):
         Returns:
             (D, G) bool.
         """
-        patches = windows_to_patches(torch.from_numpy(windows), self.share, self.window_size)
-        shift, octaves = window_offsets(patches, torch.from_numpy(boxes), self.window_size)
+        shift, octaves = window_offsets(torch.from_numpy(windows), torch.from_numpy(boxes), share=self.share)
         return ((shift <= self.shift) & (octaves <= self.octaves)).numpy()
 
 

@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from torch import nn
 from tqdm import tqdm
 
+from ..modeling.meta_arch import SegmentProposalNetwork
 from ..windows.geometry import canonical_size, label_rule
 from .given_boxes import BoxDecoder, decode_boxes
 from .missed_objects import WindowRule
@@ -47,14 +48,16 @@ def images_of_model(
 
 
 def window_rule(cfg, model: nn.Module) -> WindowRule:
-    """Which windows of a model are near to an object.
+    """Which windows of a model are near to an object: those within the limits of MODEL.SHARPMASK.LABELS for positive patches.
 
     Args:
         cfg: of the model.
         model: a stand-alone network.
     """
-    rule, size = label_rule(cfg), cfg.MODEL.SHARPMASK.WINDOW_SIZE
-    return WindowRule(object_share(model, size), size, rule["positive_shift"], rule["positive_octaves"])
+    rule, size = label_rule(cfg), canonical_size(cfg.MODEL.SHARPMASK.WINDOW_SIZE)
+    share = object_share(model, cfg.MODEL.SHARPMASK.WINDOW_SIZE)
+    # From pixels of a patch that holds an object of canonical size.
+    return WindowRule(share, rule["positive_shift"] * share / size, rule["positive_octaves"])
 
 
 def object_share(model: nn.Module, window_size: int) -> float:
@@ -62,10 +65,8 @@ def object_share(model: nn.Module, window_size: int) -> float:
 
     Args:
         model: a stand-alone network.
-        window_size: MODEL.SHARPMASK.WINDOW_SIZE.
+        window_size: MODEL.SHARPMASK.WINDOW_SIZE, which a network on an image pyramid has.
     """
-    generator = getattr(model, "proposal_generator", None)
-    if not hasattr(generator, "geometry"):
-        return canonical_size(window_size) / window_size  # an image pyramid
-    # A generator may make masks in other windows than it scores.
-    return getattr(generator, "mask_share", generator.geometry.object_share)
+    if isinstance(model, SegmentProposalNetwork):
+        return model.proposal_generator.mask_share
+    return canonical_size(window_size) / window_size

@@ -11,16 +11,20 @@ _WEIGHTS = {
     # One file holds both: the detector classifies the proposals on the backbone that makes them.
     "sharpmask_bifpn_lite0": "bifpn_lite0.pth",
     "multipath_bifpn_lite0": "bifpn_lite0.pth",
-    "sharpmask_fpn_lite0": "sharpmask_fpn_lite0.pth",
     # One file holds both: SharpMask is the same network with another mask branch.
     "deepmask_lite0": "lite0.pth",
     "sharpmask_lite0": "lite0.pth",
-    "multipath_fpn_lite0": "multipath_fpn_lite0.pth",
-    "multipath_lite0": "multipath_lite0.pth",
 }
 
 DEFAULT = "sharpmask_bifpn_lite0"
 DEFAULT_DETECTOR = "multipath_bifpn_lite0"
+
+# Models of version 0.1 that are no longer packaged, and those that take their place.
+_REPLACED = {
+    "sharpmask_fpn_lite0": DEFAULT,
+    "multipath_fpn_lite0": DEFAULT_DETECTOR,
+    "multipath_lite0": DEFAULT_DETECTOR,
+}
 
 
 def names() -> list:
@@ -38,8 +42,10 @@ def get(name: str = DEFAULT) -> CfgNode:
         a config whose MODEL.WEIGHTS is the packaged file; MODEL.DEVICE is "cuda" where there is one, else "cpu".
 
     Raises:
-        UserError: no such model; the message lists those there are.
+        UserError: no such model; the message lists those there are, or names the one that takes its place.
     """
+    if name in _REPLACED:
+        raise UserError(f"{name!r} was packaged in version 0.1 only: {_REPLACED[name]!r} takes its place")
     if name not in _WEIGHTS:
         raise UserError(f"there is no packaged model {name!r}: choose from {names()}")
     folder = Path(__file__).parent

@@ -91,17 +91,17 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mask_iou(logits: Tensor, targets: Tensor, threshold: float = 0.0) -> Tensor:
+def mask_iou(logits: Tensor, targets: Tensor) -> Tensor:
     """IoU of each window's mask with its target.
 
     Args:
-        logits: (N, M, M); a pixel above `threshold` (a logit) is foreground.
+        logits: (N, M, M); a pixel above 0 is foreground.
         targets: (N, M, M) in {0, 1}.
 
     Returns:
         (N,) in 0..1; 1 where both are empty.
     """
-    predicted, targets = logits > threshold, targets > 0
+    predicted, targets = logits > 0, targets > 0
     union = (predicted | targets).sum(dim=(1, 2))
     intersection = (predicted & targets).sum(dim=(1, 2))
     return torch.where(union > 0, intersection / union.clamp(min=1), 1.0)

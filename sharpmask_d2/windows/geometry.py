@@ -156,40 +156,27 @@ def object_windows(boxes: Tensor, window_size: int) -> Tensor:
     return square_windows(boxes, canonical_size(window_size) / window_size)
 
 
-def windows_to_patches(windows: Tensor, share: float, window_size: int) -> Tensor:
-    """Patches in which an object that fits its window has the size and place that the label rule asks for.
-
-    Args:
-        windows: (N, 4) XYXY in the image, in pixels.
-        share: larger side of an object that fits its window, as a share of the window's side.
-        window_size: side in pixels of the patch that the label rule speaks of.
-
-    Returns:
-        (N, 4) XYXY in the same frame.
-    """
-    factor = share * window_size / canonical_size(window_size)
-    centres, half = (windows[:, :2] + windows[:, 2:]) / 2, (windows[:, 2:] - windows[:, :2]) * (factor / 2)
-    return torch.cat([centres - half, centres + half], dim=1)
-
-
-def window_offsets(windows: Tensor, boxes: Tensor, window_size: int) -> tuple:
+def window_offsets(windows: Tensor, boxes: Tensor, *, share: float, side: float = 1.0) -> tuple:
     """How far windows are from the canonical windows of objects.
 
     Args:
-        windows: (N, 4) XYXY squares in the image.
+        windows: (N, 4) XYXY squares in the image, in pixels.
         boxes: (G, 4) XYXY of the objects in the same frame.
+        share: larger side of an object as a share of the side of its canonical window.
+        side: of a window, in the unit that shifts are given in: 1 gives them as shares of the window's side, the side of the patch that
+            the window is resized to gives them in pixels of the patch.
 
     Returns:
-        shift (N, G): the larger of the two distances between the centres, in pixels of the patch that the window is resized to;
+        shift (N, G): the larger of the two distances between the centres, in that unit;
         octaves (N, G): log2 of the window's side over the canonical one, absolute.
     """
-    canonical = object_windows(boxes, window_size)
+    canonical = square_windows(boxes, share)
     sides = windows[:, 2] - windows[:, 0]  # N
     canonical_sides = canonical[:, 2] - canonical[:, 0]  # G
     centres = (windows[:, :2] + windows[:, 2:]) / 2
     canonical_centres = (canonical[:, :2] + canonical[:, 2:]) / 2
     distance = (centres[:, None] - canonical_centres[None]).abs().amax(dim=2)  # N x G
-    shift = distance * (window_size / sides[:, None])
+    shift = distance * (side / sides[:, None])
     octaves = (sides[:, None] / canonical_sides[None]).log2().abs()
     return shift, octaves
 
@@ -240,7 +227,8 @@ def label_windows(
         return windows.new_zeros(len(windows), dtype=torch.long), windows.new_full(
             (len(windows),), -1, dtype=torch.long
         )
-    shift, octaves = window_offsets(windows, boxes, window_size)
+    share = canonical_size(window_size) / window_size
+    shift, octaves = window_offsets(windows, boxes, share=share, side=window_size)
     inside = (shift <= positive_shift) & (octaves <= positive_octaves)
     # A limit of 0 is met by 0 alone, whose share of it is none.
     least = torch.finfo(shift.dtype).tiny

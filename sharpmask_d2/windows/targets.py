@@ -107,31 +107,3 @@ def mask_targets(masks, objects: Tensor, windows: Tensor, mask_size: int) -> Ten
     bitmaps = F.pad(masks.tensor[used, None].to(windows.dtype), (1, 1, 1, 1))
     regions = torch.cat([owners[:, None].to(windows.dtype), windows + 1], dim=1)
     return roi_align(bitmaps, regions, mask_size, sampling_ratio=_SAMPLES, aligned=True)[:, 0] >= 0.5
-
-
-def balance_windows(
-    labels: Tensor, groups: Tensor, scores: Tensor, *, num_windows: int, positive_fraction: float, hard_fraction: float
-) -> tuple:
-    """Choose, with torch's random numbers, windows of a dense grid so that neither easy nor small ones are all that is learnt from.
-
-    Args:
-        labels: (N,) of `windows.label_windows`.
-        groups: (N,) int64, what negatives are drawn from in equal shares: there are far more windows on fine levels than on coarse ones.
-        scores: (N,) of the network.
-        num_windows: at most this many are chosen.
-        positive_fraction: at most this share of `num_windows` is positive; negatives fill up.
-        hard_fraction: this share of the negatives are those of highest score (SSD, section 2.2).
-
-    Returns:
-        positives and negatives: numbers of windows.
-    """
-    positives, negatives = ((labels == value).nonzero()[:, 0] for value in (1, 0))
-    positives = positives[torch.randperm(len(positives), device=labels.device)[: int(num_windows * positive_fraction)]]
-    count = min(num_windows - len(positives), len(negatives))
-    hard = int(count * hard_fraction)
-    order = scores[negatives].argsort(descending=True)
-    hardest, others = negatives[order[:hard]], negatives[order[hard:]]
-    # Weighted draws without putting back: the highest keys, whose expected order the weights decide (Efraimidis and Spirakis, 2006).
-    sizes = torch.bincount(groups[others], minlength=int(groups.max()) + 1)
-    keys = torch.rand(len(others), device=labels.device).log() * sizes[groups[others]]
-    return positives, torch.cat([hardest, others[keys.topk(count - hard).indices]])

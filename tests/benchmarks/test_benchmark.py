@@ -20,8 +20,6 @@ from benchmarks import STAGES, StageClock, best_rates, count_operations, draw_ob
 from benchmarks import stages as stages_module
 from benchmarks.proposals import summarize
 
-TOOL = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture
 def hands(monkeypatch):
@@ -76,7 +74,7 @@ def test_time_of_a_part_belongs_to_its_stage(tiny_cfg, hands, stage):
 
 @pytest.mark.parametrize("pyramid", ["image", "feature"])
 def test_a_measured_model_is_as_it_was(tiny_cfg, pyramid):
-    cfg = tiny_cfg if pyramid == "image" else model_zoo.get("sharpmask_fpn_lite0")
+    cfg = tiny_cfg if pyramid == "image" else model_zoo.get("sharpmask_bifpn_lite0")
     cfg.MODEL.DEVICE = "cpu"
     model = Trainer.build_model(cfg).eval()
     before = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -101,7 +99,7 @@ def test_operations_are_two_for_each_multiply_add():
     assert count_operations(convolution, (torch.zeros(1, 3, 10, 20),)) == 2 * 9 * 3 * 5 * 10 * 20
 
 
-@pytest.mark.parametrize("name", ["deepmask_lite0", "sharpmask_fpn_lite0"])
+@pytest.mark.parametrize("name", ["deepmask_lite0", "sharpmask_bifpn_lite0"])
 def test_operations_of_packaged_models_are_counted(name):
     cfg = model_zoo.get(name)
     cfg.MODEL.DEVICE = "cpu"
@@ -152,10 +150,10 @@ def test_batches_are_measured_by_the_image():
 
 
 def test_a_detector_is_told_where_it_belongs(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "proposals", "--model", "multipath_lite0"])
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "proposals", "--model", "multipath_bifpn_lite0"])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_module("benchmarks", run_name="__main__")
-    assert "['multipath_lite0'] make no proposals alone" in capsys.readouterr().err
+    assert "['multipath_bifpn_lite0'] make no proposals alone" in capsys.readouterr().err
 
 
 def run_tool(monkeypatch, tmp_path, *arguments) -> dict:

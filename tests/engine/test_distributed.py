@@ -61,8 +61,7 @@ def _work(rank: int, cfgs: list, folder: str) -> None:
 
 @pytest.fixture
 def cfgs(tiny_cfg):
-    """Of the network on a feature pyramid with either decoder, which draws nothing as all of its windows learn; and of the one that learns
-    from patches."""
+    """Of the network on a feature pyramid, which draws nothing, and of the one that learns from patches."""
     tiny_cfg.MODEL.SHARPMASK.WINDOW_SIZE = 64
     cfg = tiny_cfg.clone()
     cfg.MODEL.META_ARCHITECTURE = "SegmentProposalNetwork"
@@ -73,16 +72,13 @@ def cfgs(tiny_cfg):
     cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.FPN.OUT_CHANNELS = 8
     cfg.MODEL.SHARPMASK.GENERATOR.FROZEN = False
-    cfg.MODEL.SHARPMASK.GENERATOR.WINDOWS_PER_IMAGE = 10**6
-    cfg.MODEL.SHARPMASK.GENERATOR.POSITIVE_FRACTION = 1.0
     cfg.MODEL.SHARPMASK.FPN.SCORE_CHANNELS = 8
-    cfg.MODEL.SHARPMASK.FPN.QUALITY = True
-    any_window = cfg.clone()
-    any_window.MODEL.SHARPMASK.FPN.DECODER = "windows"
+    cfg.MODEL.SHARPMASK.FPN.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    cfg.MODEL.SHARPMASK.FPN.EXTRA_LEVELS = 2
     # Without jitter every object has its canonical window, equally often where the number of windows is a multiple of the objects.
-    any_window.MODEL.SHARPMASK.FPN.MASK_JITTER_SHIFT = any_window.MODEL.SHARPMASK.FPN.MASK_JITTER_OCTAVES = 0.0
-    any_window.MODEL.SHARPMASK.FPN.MASK_WINDOWS_PER_IMAGE = 12
-    return [cfg, any_window, tiny_cfg]
+    cfg.MODEL.SHARPMASK.FPN.MASK_JITTER_SHIFT = cfg.MODEL.SHARPMASK.FPN.MASK_JITTER_OCTAVES = 0.0
+    cfg.MODEL.SHARPMASK.FPN.MASK_WINDOWS_PER_IMAGE = 12
+    return [cfg, tiny_cfg]
 
 
 def test_two_processes_learn_what_one_learns_from_both_halves(cfgs, tmp_path):

@@ -62,7 +62,7 @@ def test_train_net_trains_our_configs_on_a_cpu(dataset, tmp_path):
     settings = {
         "MODEL.DEVICE": "cpu",
         "MODEL.TIMM.PRETRAINED": "",
-        "MODEL.FPN.OUT_CHANNELS": 8,
+        "MODEL.BIFPN.CHANNELS": 8,
         "MODEL.SHARPMASK.EMBED_DIM": 16,
         "MODEL.SHARPMASK.FPN.SCORE_CHANNELS": 8,
         "INPUT.MIN_SIZE_TRAIN": "(96,)",
@@ -73,7 +73,7 @@ def test_train_net_trains_our_configs_on_a_cpu(dataset, tmp_path):
         "SOLVER.MAX_ITER": 1,
         "OUTPUT_DIR": tmp_path / "trained",
     }
-    config = ROOT / "configs" / "sharpmask_fpn_lite0.yaml"
+    config = ROOT / "configs" / "sharpmask_bifpn_lite0.yaml"
     pairs = [part for pair in settings.items() for part in pair]
     output = run_launch(*dataset, SCRIPTS / "train_net.py", "--config-file", config, *pairs)
     assert "total_loss" in output

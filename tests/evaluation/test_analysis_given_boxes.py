@@ -18,8 +18,7 @@ from sharpmask_d2.structures import WindowMasks
 SMALL = ("MODEL.SHARPMASK.TEST.NUM_PROPOSALS", "20", "INPUT.MIN_SIZE_TEST", "96")
 
 
-# A model with random weights whose decoder makes masks of any windows.
-ANY_WINDOW = ("MODEL.SHARPMASK.FPN.DECODER", "windows", "MODEL.WEIGHTS", "")
+RANDOM_WEIGHTS = ("MODEL.WEIGHTS", "")
 
 
 def rate(dataset, decode) -> dict:
@@ -140,7 +139,7 @@ def left_halves(monkeypatch):
 
 @pytest.mark.parametrize("mask_window", [1.0, 1.6])
 def test_a_model_is_asked_for_canonical_windows(left_halves, mask_window):
-    opts = (*ANY_WINDOW, "INPUT.MIN_SIZE_TEST", "200", "MODEL.SHARPMASK.FPN.MASK_WINDOW", str(mask_window))
+    opts = (*RANDOM_WEIGHTS, "INPUT.MIN_SIZE_TEST", "200", "MODEL.SHARPMASK.FPN.MASK_WINDOW", str(mask_window))
     predictor = ProposalPredictor(build_config(opts=opts))
     image = np.random.default_rng(0).integers(0, 255, (100, 161, 3), dtype=np.uint8)
     boxes = np.array([[20.0, 10, 60, 40], [100, 50, 120, 90]])
@@ -163,12 +162,11 @@ def test_the_table_is_printed_for_models_that_make_such_masks(tmp_path, make_dat
     dataset = make_dataset(tmp_path, num_images=1, objects_per_image=2, size=(96, 128))
     output = tmp_path / "tables.json"
     files = {"annotations": dataset.annotations, "image_root": dataset.image_root, "output": output}
-    analyze_proposals(**files, opts=(*SMALL, *ANY_WINDOW))
+    analyze_proposals(**files, opts=(*SMALL, *RANDOM_WEIGHTS))
     (row, filled) = json.loads(output.read_text())["given boxes"]
     assert "IoU given the true box" in capsys.readouterr().out
     assert filled["all"] == pytest.approx(100 * np.mean(expected_fill(dataset)))
     assert 0.3 * filled["all"] < row["all"] < 0.8 * filled["all"]
     # Models that only make masks of windows of their own.
-    analyze_proposals(**files, model="sharpmask_fpn_lite0", opts=SMALL)
+    analyze_proposals(**files, model="sharpmask_lite0", opts=SMALL)
     assert "given boxes" not in json.loads(output.read_text())
-    assert box_decoder(ProposalPredictor(build_config("sharpmask_lite0"))) is None

@@ -31,10 +31,10 @@ from sharpmask_d2.evaluation.recall import IOU_THRESHOLDS, match_ranks
 from sharpmask_d2.inference.predictor import ProposalPredictor, load_model
 from sharpmask_d2.inference.propose import build_config
 from sharpmask_d2.structures import WindowMasks
-from sharpmask_d2.windows.geometry import label_rule, label_windows
+from sharpmask_d2.windows.geometry import label_rule, label_windows, square_windows
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "analyze_proposals.py"
-RULE = WindowRule(share=0.8, window_size=160, shift=16.0, octaves=0.25)
+RULE = WindowRule(share=0.8, shift=16 * 0.8 / 92, octaves=0.25)
 SIZE = (400, 600)
 
 
@@ -89,8 +89,8 @@ def test_near_windows_are_within_shift_and_octaves_of_the_canonical_one():
     assert RULE.near(np.array(windows), np.zeros((0, 4))).shape == (9, 0)
 
 
-@pytest.mark.parametrize("model", ["sharpmask_fpn_lite0", "sharpmask_lite0"])
-def test_near_windows_are_those_that_training_calls_positive(model):
+@pytest.mark.parametrize("model", ["sharpmask_bifpn_lite0", "sharpmask_lite0"])
+def test_near_windows_are_those_that_the_label_rule_calls_positive(model):
     cfg = build_config(model, opts=("MODEL.WEIGHTS", ""))
     network = load_model(cfg)
     rng = np.random.default_rng(0)
@@ -100,8 +100,9 @@ def test_near_windows_are_those_that_training_calls_positive(model):
     corners = rng.uniform(-50, 350, (5000, 2))
     windows = np.concatenate([corners, corners + sides], axis=1)
     patches = torch.from_numpy(windows)
-    if model == "sharpmask_fpn_lite0":
-        patches = network.proposal_generator.geometry.patches(patches)
+    if model == "sharpmask_bifpn_lite0":
+        # Patches in which an object that fits its window has the 92 of 160 pixels that the rule speaks of.
+        patches = square_windows(patches, 92 / 160 / network.proposal_generator.mask_share)
     near = window_rule(cfg, network).near(windows, boxes)
     for number, box in enumerate(boxes):
         labels, _ = label_windows(

@@ -107,12 +107,11 @@ def test_a_dataset_whose_classes_nobody_knows_is_named():
         detect.dataset_metadata("nobody_s_data")
 
 
-@pytest.mark.parametrize("name", ["multipath_bifpn_lite0", "multipath_fpn_lite0", "multipath_lite0"])
-def test_the_packaged_detectors_find_the_astronaut(name):
+def test_the_packaged_detector_finds_the_astronaut():
     pytest.importorskip("skimage", reason="needs the photographs of scikit-image")
     from skimage.data import astronaut
 
-    cfg = model_zoo.get(name)
+    cfg = model_zoo.get(model_zoo.DEFAULT_DETECTOR)
     cfg.MODEL.DEVICE = "cpu"
     instances = DetectionPredictor(cfg)(astronaut()[:, :, ::-1])
     names = detect.dataset_metadata("coco_2017_train").thing_classes

@@ -252,7 +252,7 @@ def test_results_carry_the_exact_masks(tiny_cfg):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["deepmask_lite0", "sharpmask_lite0", "sharpmask_fpn_lite0", "sharpmask_bifpn_lite0"])
+@pytest.mark.parametrize("name", ["deepmask_lite0", "sharpmask_lite0", "sharpmask_bifpn_lite0"])
 def test_packaged_models_run(name, dtype):
     cfg = model_zoo.get(name)
     cfg.MODEL.DEVICE = "cpu"
@@ -272,6 +272,21 @@ def test_packaged_models_run(name, dtype):
 def test_unknown_models_are_answered_with_those_there_are():
     with pytest.raises(UserError, match="sharpmask_lite0"):
         model_zoo.get("sharpmask_lite1")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("sharpmask_fpn_lite0", "sharpmask_bifpn_lite0"),
+        ("multipath_fpn_lite0", "multipath_bifpn_lite0"),
+        ("multipath_lite0", "multipath_bifpn_lite0"),
+    ],
+)
+def test_models_that_are_no_longer_packaged_are_answered_with_those_that_take_their_place(old, new):
+    with pytest.raises(UserError, match=f"{old}.* in version 0.1 only: '{new}' takes its place"):
+        model_zoo.get(old)
+    assert old not in model_zoo.names()
+    assert new in model_zoo.names()
 
 
 def test_pictures_show_distinct_masks():

@@ -1,6 +1,6 @@
 """The cells of a feature pyramid as rows of a table, out of which windows of any level and image are read at once.
 
-Shape letters: B images, L levels, C channels, Y X cells of a level, R rows, N windows, K cells along a window, M samples along a window.
+Shape letters: B images, L levels, C channels, Y X cells of a level, R rows, N windows, M samples along a window.
 """
 
 import torch
@@ -23,34 +23,9 @@ class FeatureTable:
         counts = torch.tensor([len(x) for x in rows])
         self.heights, self.widths = torch.tensor([x.shape[2:] for x in maps], device=device).T
         self.first = (counts.cumsum(0) - counts).to(device)
-        self.outside = int(counts.sum())
-        self.rows = torch.cat([*rows, maps[0].new_zeros(1, maps[0].shape[1])])
+        self.rows = torch.cat(rows)
         self.extents = extents
         self.strides = torch.tensor(strides, device=device)
-
-    def numbers(self, images: Tensor, levels: Tensor, ys: Tensor, xs: Tensor) -> Tensor:
-        """Numbers of the rows of cells (y, x), all int64 of one shape; that of the row of zeros for cells outside of the image."""
-        extents = self.extents[images, levels]
-        inside = (ys >= 0) & (ys < extents[..., 0]) & (xs >= 0) & (xs < extents[..., 1])
-        numbers = self.first[levels] + (images * self.heights[levels] + ys) * self.widths[levels] + xs
-        return torch.where(inside, numbers, self.outside)
-
-    def cut(self, images: Tensor, levels: Tensor, ys: Tensor, xs: Tensor, cells: int) -> tuple:
-        """The cells of windows of K x K cells, K odd, around cells (y, x).
-
-        Args:
-            images, levels, ys, xs: (N,) int64.
-            cells: K.
-
-        Returns:
-            (N, K, K, C), and (N, K, K) bool: which cells are in the image.
-        """
-        steps = torch.arange(cells, device=ys.device) - cells // 2
-        shape = len(ys), cells, cells
-        rows, columns = (ys[:, None] + steps)[:, :, None].expand(shape), (xs[:, None] + steps)[:, None].expand(shape)
-        images, levels = (index[:, None, None].expand(shape) for index in (images, levels))
-        numbers = self.numbers(images, levels, rows, columns)
-        return self._read(numbers).view(*shape, self.rows.shape[1]), numbers != self.outside
 
     def sample(self, images: Tensor, levels: Tensor, windows: Tensor, size: int) -> Tensor:
         """Windows sampled bilinearly at the centres of M x M equal parts.
@@ -98,7 +73,3 @@ class FeatureTable:
         parts = (windows[:, 2] - windows[:, 0]) / size
         levels = (parts / self.strides[0]).clamp(min=1e-6).log2().round().long().clamp(0, len(self.strides) - 1)
         return self.sample(images, levels, windows, size)
-
-    def _read(self, numbers: Tensor) -> Tensor:
-        """(*,) to (*.numel(), C)."""
-        return self.rows.index_select(0, numbers.flatten())

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from ...errors import UserError
-from ...windows.geometry import centred_windows, windows_to_patches
+from ...windows.geometry import centred_windows
 
 # Windows that are compared for each that is asked for, before all are: on photographs 2.1 to 2.3 were enough.
 _FIRST = 2.5
@@ -25,21 +25,16 @@ class Cells(NamedTuple):
     ys: Tensor
     xs: Tensor
 
-    def take(self, index: Tensor) -> "Cells":
-        """Those that an index, a slice or a mask chooses."""
-        return Cells(*(x[index] for x in self))
-
 
 class PyramidWindows:
     """Windows of a few kinds around every cell of every level; numbered level by level, kind by kind and row by row."""
 
-    def __init__(self, *, strides: list, window_cells: list, object_share: float, window_size: int):
+    def __init__(self, *, strides: list, window_cells: list, object_share: float):
         """
         Args:
             strides: of the L levels in pixels, fine to coarse.
             window_cells: side of each kind of window in cells of its level.
             object_share: larger side of an object that fits its window canonically, as a share of the window's.
-            window_size: side of the patch that the label rule speaks of, in its pixels.
 
         Raises:
             ValueError: an even number of cells, or strides that do not double.
@@ -53,7 +48,7 @@ class PyramidWindows:
                 f"MODEL.SHARPMASK.FPN.WINDOW_CELLS is {list(window_cells)}: windows lie around a cell, so they have odd sides"
             )
         self.strides, self.window_cells = list(strides), list(window_cells)
-        self.object_share, self.window_size = object_share, window_size
+        self.object_share = object_share
 
     @property
     def smallest_object(self) -> float:
@@ -80,20 +75,6 @@ class PyramidWindows:
         """(N, 4) XYXY in the frame of the image, in pixels."""
         strides, sides = (torch.tensor(x, device=cells.ys.device) for x in (self.strides, self.window_cells))
         return centred_windows(cells.ys, cells.xs, strides[cells.levels], sides[cells.kinds])
-
-    def octaves(self, sizes: list) -> Tensor:
-        """How much larger each window of an image is than the smallest, in octaves: (T,) float32.
-
-        Args:
-            sizes: (Y, X) of each level.
-        """
-        sides = torch.tensor([[stride * cells for cells in self.window_cells] for stride in self.strides])
-        counts = torch.tensor([rows * columns for rows, columns in sizes])[:, None].expand_as(sides)
-        return (sides / sides.min()).log2().flatten().repeat_interleave(counts.flatten())
-
-    def patches(self, windows: Tensor) -> Tensor:
-        """Patches (N, 4) XYXY in which an object that fits its window has the size and place that the label rule asks for."""
-        return windows_to_patches(windows, self.object_share, self.window_size)
 
 
 def spread(windows: Tensor, scores: Tensor, thresh: float, count: int) -> Tensor:

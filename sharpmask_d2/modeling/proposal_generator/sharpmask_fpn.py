@@ -1,7 +1,7 @@
-"""SharpMask on a feature pyramid: one pass of the backbone, windows on every level, refinement with finer levels.
+"""SharpMask on a feature pyramid: one pass of the backbone, scores of windows on every level, masks of the best of them.
 
-Shape letters: B images, L levels, C channels, Y X cells of a level, D kinds of windows, T windows of an image, N sampled or chosen windows,
-P positive ones, M mask side.
+Shape letters: B images, L levels, C channels, Y X cells of a level, D kinds of windows, T windows of an image, N chosen windows, G objects
+of an image, M mask side.
 """
 
 import math
@@ -13,25 +13,23 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.structures import ImageList, Instances
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import UserError
 from ...structures import WindowMasks, build_proposals
-from ...structures.mask_nms import log_to_logit
-from ...windows.geometry import label_rule, pyramid_sizes, square_windows
+from ...windows.geometry import pyramid_sizes, square_windows
 from ...windows.targets import mask_targets
 from ..exporting import NotExportable
-from ..feature_pyramid.decoder import SampledDecoder, jittered_windows
-from ..feature_pyramid.feature_table import FeatureTable
-from ..feature_pyramid.grid import Cells, PyramidWindows, spread
-from ..feature_pyramid.labels import PyramidSampler, WindowSample, enlarged
-from ..feature_pyramid.scores import WindowDecoder, WindowScores, coarser_levels
-from ..losses import dice_loss, mask_iou, mask_loss, quality_focal_loss, score_loss
+from ..feature_pyramid.decoder import DecoderTables, SampledDecoder, jittered_windows
+from ..feature_pyramid.grid import PyramidWindows, spread
+from ..feature_pyramid.labels import enlarged, score_targets
+from ..feature_pyramid.scores import WindowScores, coarser_levels
+from ..losses import dice_loss, mask_loss, quality_focal_loss
 from .learnt import LearntGenerator, aside, check_masks, log_windows
 
-# Windows that are looked at for each proposal, so that enough are left when neighbours step back.
+# Number of candidate windows for each proposal, from which `spread` chooses.
 _CANDIDATES = 4
-# Objects whose larger side is below this, in pixels of the resized image, learn no mask.
+# Objects whose larger side is below this, in pixels of the resized image, do not contribute to the losses of masks.
 _SMALLEST = 6.0
 
 
@@ -64,14 +62,14 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
         *,
         in_features: list,
         geometry: PyramidWindows,
-        sampler: PyramidSampler,
         scores: WindowScores,
-        decoder: nn.Module,
+        decoder: SampledDecoder,
+        negative_shift: float,
+        negative_octaves: float,
         mask_window: float,
         num_refined: int,
         mask_windows_per_image: int,
         mask_jitter: tuple,
-        scale_prior: float,
         num_proposals: int,
         window_nms_thresh: float,
         mask_threshold: float,
@@ -81,54 +79,51 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
         windows_per_batch: int,
         mask_loss_weight: float,
         score_loss_weight: float,
-        quality_loss_weight: float,
         frozen: bool,
     ):
         """
         Args:
             in_features: names of the backbone's features, fine to coarse.
             geometry: of the windows on L levels: those of the features, and more that are made of the coarsest.
-            sampler: draws the windows that learn.
             scores: gives the scores of all windows.
-            decoder: gives the masks of chosen windows: a `WindowDecoder`, of cells, or a `SampledDecoder`, of any windows.
-            mask_window: side of the window whose mask is decoded, in sides of the window that is scored; read with a `SampledDecoder`.
-            num_refined: proposals of highest score, of an image, whose masks are refined; read with a `SampledDecoder`.
-            mask_windows_per_image: windows of an image that learn a mask.
+            decoder: gives the masks of chosen windows.
+            negative_shift, negative_octaves: see `pyramid_sampling.score_targets`.
+            mask_window: side of the window whose mask is decoded, in sides of the window that is scored.
+            num_refined: maximum number of proposals per image whose masks are refined, those of highest score.
+            mask_windows_per_image: number of windows per image with objects that contribute to the losses of masks.
             mask_jitter: shift and octaves of these windows, see `jittered_windows`.
-            scale_prior: added to the score logits of windows, for every octave that they are larger than the smallest.
-            num_proposals: most proposals of an image.
+            num_proposals: maximum number of proposals per image.
             window_nms_thresh: see `pyramid_windows.spread`; 1 takes the windows of highest score.
             mask_threshold: probability above which a pixel is foreground.
             nms_thresh: IoU of boxes above which the lower score goes; 1 keeps all.
             stability, mask_nms: see `structures.build_proposals`.
-            windows_per_batch: windows whose masks are made at a time.
-            mask_loss_weight, score_loss_weight, quality_loss_weight: factors of the losses.
+            windows_per_batch: number of windows whose masks are decoded at a time.
+            mask_loss_weight, score_loss_weight: factors of the losses.
             frozen: no losses, no gradients.
 
         Raises:
-            ValueError: a threshold outside 0..1, or less than one proposal.
+            UserError: a threshold outside 0..1, less than one proposal, or a limit of labels that is not above 0.
         """
         super().__init__()
         if not 0 < mask_threshold < 1:
             raise UserError(f"MODEL.SHARPMASK.TEST.MASK_THRESHOLD is {mask_threshold}: it must lie between 0 and 1")
         if num_proposals < 1:
             raise UserError(f"MODEL.SHARPMASK.TEST.NUM_PROPOSALS is {num_proposals}: it must be at least 1")
-        self.in_features = list(in_features)
-        self.geometry, self.sampler = geometry, sampler
+        for name, limit in (("SHIFT", negative_shift), ("OCTAVES", negative_octaves)):
+            if limit <= 0:
+                raise UserError(f"MODEL.SHARPMASK.FPN.LABELS.NEGATIVE_{name} is {limit}: it must be above 0")
+        self.in_features, self.geometry = list(in_features), geometry
         self.scores, self.decoder = scores, decoder
-        if self.decodes_any_window:
-            scores.start_rare()
+        self.negative_shift, self.negative_octaves = negative_shift, negative_octaves
         self.mask_window, self.num_refined = mask_window, num_refined
         self.mask_windows_per_image, self.mask_jitter = mask_windows_per_image, mask_jitter
-        self.scale_prior, self.num_proposals = scale_prior, num_proposals
-        self.window_nms_thresh = window_nms_thresh
+        self.num_proposals, self.window_nms_thresh = num_proposals, window_nms_thresh
         self.mask_threshold = math.log(mask_threshold / (1 - mask_threshold))
         self.nms_thresh, self.stability, self.mask_nms = nms_thresh, stability, mask_nms
         self.windows_per_batch = windows_per_batch
         self.loss_weights = {
             "loss_sharpmask_mask": mask_loss_weight,
             "loss_sharpmask_score": score_loss_weight,
-            "loss_sharpmask_quality": quality_loss_weight,
             "loss_sharpmask_dice": 1.0,
             "loss_sharpmask_side": 1.0,
         }
@@ -155,26 +150,20 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
             strides=strides + [strides[-1] * 2 ** (i + 1) for i in range(fpn.EXTRA_LEVELS)],
             window_cells=fpn.WINDOW_CELLS,
             object_share=fpn.OBJECT_SHARE,
-            window_size=sharpmask.WINDOW_SIZE,
         )
         return {
             "in_features": fpn.IN_FEATURES,
             "geometry": geometry,
-            "sampler": PyramidSampler(
-                geometry=geometry,
-                label_rule=label_rule(cfg, of_cells=not sharpmask.GENERATOR.FROZEN),
-                mask_rule={"positive_shift": fpn.MASK_SHIFT, "positive_octaves": fpn.MASK_OCTAVES},
-                windows_per_image=sharpmask.GENERATOR.WINDOWS_PER_IMAGE,
-                positive_fraction=sharpmask.GENERATOR.POSITIVE_FRACTION,
-                hard_fraction=fpn.HARD_FRACTION,
-            ),
             "scores": WindowScores(in_channels=channels, channels=fpn.SCORE_CHANNELS, window_cells=fpn.WINDOW_CELLS),
-            "decoder": _build_decoder(cfg, channels),
+            "decoder": SampledDecoder(
+                in_channels=channels, embed_dim=sharpmask.EMBED_DIM, channels=sharpmask.REFINEMENT.CHANNELS
+            ),
+            "negative_shift": fpn.LABELS.NEGATIVE_SHIFT,
+            "negative_octaves": fpn.LABELS.NEGATIVE_OCTAVES,
             "mask_window": fpn.MASK_WINDOW,
             "num_refined": fpn.NUM_REFINED,
             "mask_windows_per_image": fpn.MASK_WINDOWS_PER_IMAGE,
             "mask_jitter": (fpn.MASK_JITTER_SHIFT, fpn.MASK_JITTER_OCTAVES),
-            "scale_prior": fpn.SCALE_PRIOR,
             "num_proposals": sharpmask.TEST.NUM_PROPOSALS,
             "window_nms_thresh": fpn.WINDOW_NMS_THRESH,
             "mask_threshold": sharpmask.TEST.MASK_THRESHOLD,
@@ -184,7 +173,6 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
             "windows_per_batch": sharpmask.TEST.WINDOWS_PER_BATCH,
             "mask_loss_weight": sharpmask.MASK_LOSS_WEIGHT,
             "score_loss_weight": sharpmask.SCORE_LOSS_WEIGHT,
-            "quality_loss_weight": fpn.QUALITY_LOSS_WEIGHT,
             "frozen": sharpmask.GENERATOR.FROZEN,
         }
 
@@ -202,11 +190,10 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
                 the generator is frozen.
 
         Returns:
-            list[Instances], one an image, in the frame of the resized image, best first (see `structures.build_proposals`). In training
-            with ground truth they have no `proposal_masks`: Detectron2 joins them with the ground truth, which has none.
-            A dict of losses, empty in evaluation or when frozen: loss_sharpmask_mask and loss_sharpmask_score; with a `SampledDecoder`
-            loss_sharpmask_dice, and loss_sharpmask_side of the masks before the last refinement; with a quality branch
-            loss_sharpmask_quality.
+            list[Instances], one `Instances` per image in the frame of the resized image, best first (see `structures.build_proposals`). In
+            training with ground truth they have no `proposal_masks`: Detectron2 joins them with the ground truth, which has none.
+            A dict of losses, empty in evaluation or when frozen: loss_sharpmask_score of the scores, loss_sharpmask_mask and
+            loss_sharpmask_dice of the masks, and loss_sharpmask_side of the masks before the last refinement.
 
         Raises:
             ValueError: training without ground truth or its masks, or of a detector on a frozen generator without weights.
@@ -224,7 +211,7 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
         return proposals, losses
 
     def pyramid(self, image_sizes: list, features: dict) -> Pyramid:
-        """All levels of a batch and the scores of their windows, these without gradients.
+        """All levels of a batch and the scores of their windows, which have gradients in training unless the generator is frozen.
 
         Args:
             image_sizes: (height, width) of each image in pixels, without the batch's padding.
@@ -237,37 +224,51 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
         scores = []
         for number, feature in enumerate(levels):
             inside = _inside(feature, extents[:, number])
-            # The scores of a `WindowDecoder` are learnt from windows that are cut out, the others from the whole grid.
-            with nullcontext() if self.decodes_any_window and self.training else aside():
+            with nullcontext() if self.training and not self.frozen else aside():
                 # Not below the least number: minus infinity is the mark of cells outside, also where training has diverged.
                 grid = self.scores(feature, inside.to(feature.dtype)).float().clamp(min=torch.finfo(torch.float32).min)
             scores.append(grid.masked_fill(~inside, -math.inf).flatten(1))
         return Pyramid(levels, extents, torch.cat(scores, dim=1), [tuple(x.shape[2:]) for x in levels])
 
     def losses(self, pyramid: Pyramid, gt_instances: list) -> dict:
-        """Losses of a sample of the windows: see `forward`."""
+        """Losses of the scores of all windows, and of the masks of windows that are jittered around the objects: see `forward`."""
         check_masks(gt_instances, len(pyramid.scores))
-        if self.decodes_any_window:
-            return self._sampled_losses(pyramid, gt_instances)
-        sample = self.sampler(pyramid.scores, pyramid.sizes, gt_instances, self.decoder.mask_size)
-        images, near, cells = sample.images, sample.near, self.geometry.cells(sample.numbers, pyramid.sizes)
-        windows = self.geometry.windows(cells)
-        table = FeatureTable(pyramid.features, pyramid.extents, self.strides)
-        cuts = self._cut(table, images, cells)
-        # Not the scores of the whole grid: most of it pays nothing, and its gradient is dear.
-        scores = torch.cat([self.scores.of_windows(*cut, kind) for kind, cut in enumerate(cuts)])
-        embeddings = self.decoder.embeddings([cut for cut, _ in cuts])
-        skips = self.decoder.horizontal(pyramid.features, pyramid.extents, self.strides)
-        masks = self.decoder.masks(embeddings[near], skips, images[near], cells.levels[near], windows[near])
-        quality = None if self.decoder.quality is None else self.decoder.quality(embeddings)[:, 0]
-        known, around = sample.labels != -1, sample.around[near]
-        log_windows(scores[known], sample.labels[known], masks[around], sample.targets[around], len(gt_instances))
-        return self._weighted(sample, scores, masks, quality)
-
-    def _sampled_losses(self, pyramid: Pyramid, gt_instances: list) -> dict:
-        """Losses with a `SampledDecoder`: of the scores of all windows, and of masks in windows jittered around the objects."""
         scores = pyramid.scores.flatten()
-        labels = self.sampler.score_targets(pyramid.scores.detach(), pyramid.sizes, gt_instances).flatten()
+        labels = self._labels(pyramid, gt_instances).flatten()
+        masks, targets = self._masks_and_targets(pyramid, gt_instances)
+        clear = (labels == 0) | (labels == 1)
+        log_windows(scores[clear], labels[clear], masks[-1], targets, len(gt_instances))
+        every = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+        side = self.decoder.mask_size
+        reduced = [F.avg_pool2d(targets.float()[:, None], side // mask.shape[-1])[:, 0] for mask in masks]
+        losses = {
+            "loss_sharpmask_mask": mask_loss(masks[-1], reduced[-1], every),
+            "loss_sharpmask_dice": dice_loss(masks[-1], reduced[-1]),
+            "loss_sharpmask_side": sum(mask_loss(mask, part, every) for mask, part in zip(masks[:-1], reduced)),
+            "loss_sharpmask_score": quality_focal_loss(scores, labels),
+        }
+        return {name: loss * self.loss_weights[name] for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def _labels(self, pyramid: Pyramid, gt_instances: list) -> Tensor:
+        """(B, T): see `score_targets`; -1 for cells outside of an image, too."""
+        numbers = torch.arange(pyramid.scores.shape[1], device=pyramid.scores.device)
+        windows = self.geometry.windows(self.geometry.cells(numbers, pyramid.sizes))
+        labels = [
+            score_targets(
+                windows,
+                enlarged(gt.gt_boxes.tensor, self.geometry.smallest_object),
+                share=self.geometry.object_share,
+                negative_shift=self.negative_shift,
+                negative_octaves=self.negative_octaves,
+                exhaustive=not gt.has("gt_exhaustive"),
+            )
+            for gt in gt_instances
+        ]
+        return torch.stack(labels).masked_fill(pyramid.scores == -math.inf, -1)
+
+    def _masks_and_targets(self, pyramid: Pyramid, gt_instances: list) -> tuple:
+        """What `SampledDecoder.forward` makes of N windows that are jittered around the objects, and their targets (N, M, M) bool."""
         tables = self.decoder.tables(pyramid.features, pyramid.extents, self.strides)
         shift, octaves = self.mask_jitter
         windows, owners, targets = [], [], []
@@ -288,28 +289,12 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
         windows, owners = torch.cat(windows), torch.cat(owners)
         side = self.decoder.mask_size
         targets = torch.cat(targets) if targets else windows.new_zeros((0, side, side), dtype=torch.bool)
-        masks = self.decoder(tables, owners, windows)
-        clear = (labels == 0) | (labels == 1)
-        log_windows(scores[clear], labels[clear], masks[-1], targets, len(gt_instances))
-        every = torch.ones_like(owners, dtype=torch.bool)
-        reduced = [F.avg_pool2d(targets.float()[:, None], side // mask.shape[-1])[:, 0] for mask in masks]
-        losses = {
-            "loss_sharpmask_mask": mask_loss(masks[-1], reduced[-1], every),
-            "loss_sharpmask_dice": dice_loss(masks[-1], reduced[-1]),
-            "loss_sharpmask_side": sum(mask_loss(mask, part, every) for mask, part in zip(masks[:-1], reduced)),
-            "loss_sharpmask_score": quality_focal_loss(scores, labels),
-        }
-        return {name: loss * self.loss_weights[name] for name, loss in losses.items()}
-
-    @property
-    def decodes_any_window(self) -> bool:
-        """Whether `decode` makes masks of any windows, not only of whole cells."""
-        return isinstance(self.decoder, SampledDecoder)
+        return self.decoder(tables, owners, windows), targets
 
     @property
     def mask_share(self) -> float:
         """Larger side of an object as a share of the side of the window that its mask is decoded in."""
-        return self.geometry.object_share / (self.mask_window if self.decodes_any_window else 1.0)
+        return self.geometry.object_share / self.mask_window
 
     def canonical_windows(self, boxes: Tensor) -> Tensor:
         """The windows that the masks of objects are decoded in.
@@ -326,7 +311,7 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
     def decode(
         self, pyramid: Pyramid, images: Tensor, windows: Tensor, *, tables=None, num_refined: Optional[int] = None
     ) -> Tensor:
-        """Masks of any windows, with a `SampledDecoder`.
+        """Masks of any windows.
 
         Args:
             pyramid: of the images.
@@ -346,23 +331,6 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
                 masks += [self.decoder.masks(tables, *part, refined=refined) for part in parts]
         return torch.cat(masks)
 
-    def _cut(self, table: FeatureTable, images: Tensor, cells: Cells) -> list:
-        """What `FeatureTable.cut` gives for each kind of the windows, which come kind by kind."""
-        counts = torch.bincount(cells.kinds, minlength=len(self.geometry.window_cells)).tolist()
-        parts = zip(*(x.split(counts) for x in (images, cells.levels, cells.ys, cells.xs)))
-        return [table.cut(*part, side) for part, side in zip(parts, self.geometry.window_cells)]
-
-    def _weighted(self, sample: WindowSample, scores: Tensor, masks: Tensor, quality) -> dict:
-        losses = {
-            "loss_sharpmask_mask": mask_loss(masks, sample.targets, sample.around[sample.near]),
-            "loss_sharpmask_score": score_loss(scores, sample.labels == 1, sample.labels != -1),
-        }
-        if quality is not None:
-            overlaps = torch.zeros_like(scores, dtype=torch.float32)
-            overlaps[sample.near] = mask_iou(masks, sample.targets, self.mask_threshold)
-            losses["loss_sharpmask_quality"] = score_loss(quality, overlaps, torch.ones_like(sample.near))
-        return {name: loss * self.loss_weights[name] for name, loss in losses.items()}
-
     @aside()
     def propose(self, pyramid: Pyramid, image_sizes: list, output_sizes: Optional[list] = None) -> list:
         """The best windows of each image as proposals, without gradients: see `forward`.
@@ -372,74 +340,32 @@ class SharpMaskFPN(LearntGenerator, NotExportable):
             image_sizes: (height, width) of each in pixels.
             output_sizes: (height, width) of each as the proposals are asked for, if that is another one.
         """
-        if self.decodes_any_window:
-            table, skips = self.decoder.tables(pyramid.features, pyramid.extents, self.strides), None
-        else:
-            table = FeatureTable(pyramid.features, pyramid.extents, self.strides)
-            skips = self.decoder.horizontal(pyramid.features, pyramid.extents, self.strides)
-        prior = self.scale_prior * self.geometry.octaves(pyramid.sizes).to(pyramid.scores.device)
-        pyramid = pyramid._replace(scores=pyramid.scores + prior)
+        tables = self.decoder.tables(pyramid.features, pyramid.extents, self.strides)
         return [
-            self._propose_image(number, tuple(size), tuple(output_size), pyramid, table, skips)
+            self._propose_image(number, tuple(size), tuple(output_size), pyramid, tables)
             for number, (size, output_size) in enumerate(zip(image_sizes, output_sizes or image_sizes))
         ]
 
     def _propose_image(
-        self, number: int, image_size: tuple, output_size: tuple, pyramid: Pyramid, table: FeatureTable, skips: list
+        self, number: int, image_size: tuple, output_size: tuple, pyramid: Pyramid, tables: DecoderTables
     ) -> Instances:
         candidates = pyramid.scores[number].topk(min(_CANDIDATES * self.num_proposals, pyramid.scores.shape[1])).indices
         windows = self.geometry.windows(self.geometry.cells(candidates, pyramid.sizes))
         order = spread(windows, pyramid.scores[number, candidates], self.window_nms_thresh, self.num_proposals)
-        if self.decodes_any_window:
-            chosen, scores = windows[order], pyramid.scores[number, candidates[order]]
-            windows = square_windows(chosen, 1 / self.mask_window)
-            masks = self.decode(
-                pyramid, torch.full_like(order, number), windows, tables=table, num_refined=self.num_refined
-            )
-            return self._finished(scores, masks, windows, image_size, output_size)
-        scores, cells = pyramid.scores[number, candidates[order]], self.geometry.cells(candidates[order], pyramid.sizes)
-        by_kind = cells.kinds.argsort(stable=True)
-        scores, cells = scores[by_kind], cells.take(by_kind)
-        windows, images = self.geometry.windows(cells), torch.full_like(order, number)
-        masks, quality = [], []
-        for part in torch.arange(len(order), device=order.device).split(self.windows_per_batch):
-            cuts = self._cut(table, images[part], cells.take(part))
-            embeddings = self.decoder.embeddings([cut for cut, _ in cuts])
-            masks.append(self.decoder.masks(embeddings, skips, images[part], cells.levels[part], windows[part]))
-            if self.decoder.quality is not None:
-                quality.append(self.decoder.quality(embeddings)[:, 0])
-        masks = torch.cat(masks)
-        if quality:
-            # The logit of the product of both probabilities.
-            scores = log_to_logit(F.logsigmoid(scores) + F.logsigmoid(torch.cat(quality).float()))
-        return self._finished(scores, masks, windows, image_size, output_size)
-
-    def _finished(self, scores: Tensor, masks: Tensor, windows: Tensor, image_size: tuple, output_size: tuple):
+        scores, windows = (
+            pyramid.scores[number, candidates[order]],
+            square_windows(windows[order], 1 / self.mask_window),
+        )
+        images = torch.full_like(order, number)
+        masks = self.decode(pyramid, images, windows, tables=tables, num_refined=self.num_refined)
         scores, order = scores.sort(descending=True)
-        masks = masks.index_select(0, order)
-        window_masks = WindowMasks(masks, windows[order], image_size, threshold=self.mask_threshold)
+        window_masks = WindowMasks(
+            masks.index_select(0, order), windows[order], image_size, threshold=self.mask_threshold
+        )
         if output_size != image_size:
-            # Now, as what the masks are in pixels is found but once.
+            # Before `build_proposals`, so that the pixels of the masks are found only once.
             (height, width), (new_height, new_width) = image_size, output_size
             window_masks = window_masks.scale(new_width / width, new_height / height, output_size)
         return build_proposals(
             scores, window_masks, nms_thresh=self.nms_thresh, stability=self.stability, mask_nms=self.mask_nms
         )
-
-
-def _build_decoder(cfg, channels: int) -> nn.Module:
-    sharpmask = cfg.MODEL.SHARPMASK
-    fpn, refinement = sharpmask.FPN, sharpmask.REFINEMENT
-    if fpn.DECODER == "windows":
-        return SampledDecoder(in_channels=channels, embed_dim=sharpmask.EMBED_DIM, channels=refinement.CHANNELS)
-    if fpn.DECODER == "cells":
-        return WindowDecoder(
-            in_channels=channels,
-            window_cells=fpn.WINDOW_CELLS,
-            embed_dim=sharpmask.EMBED_DIM,
-            num_refinements=fpn.NUM_REFINEMENTS,
-            channels=refinement.CHANNELS,
-            schedule=refinement.SCHEDULE,
-            quality=fpn.QUALITY,
-        )
-    raise UserError(f"MODEL.SHARPMASK.FPN.DECODER is {fpn.DECODER!r}: choose 'windows' or 'cells'")

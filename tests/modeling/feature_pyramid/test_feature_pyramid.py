@@ -1,4 +1,4 @@
-"""SharpMask on a feature pyramid against slow definitions, on cut-out windows, in training, alone and inside detectors."""
+"""SharpMask on a feature pyramid against slow definitions, on windows cut out of the image, in training, alone and inside detectors."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -6,7 +6,6 @@ import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
 import itertools
 import math
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -24,20 +23,16 @@ from sharpmask_d2.modeling.feature_pyramid.grid import spread
 from sharpmask_d2.structures import rescale_proposals
 from sharpmask_d2.structures.mask_stability import mask_stability
 from sharpmask_d2.windows.geometry import pyramid_sizes
-from sharpmask_d2.windows.targets import balance_windows
 from torch import nn
 
-RULE = {"positive_shift": 16.0, "positive_octaves": 0.25, "negative_shift": 32.0, "negative_octaves": 1.0}
-# Shift and octaves within which windows learn a mask.
-NEAR = 24.0, 0.5
-# Pixels of the patch, and those of an object that fits it.
-WINDOW, CANONICAL = 160, 92
 # The larger side of an object that fits its window, in sides of the window.
-SHARE = CANONICAL / WINDOW
+SHARE = 0.8
+# Shift, in sides of the window, and octaves from which the target of a score is 0.
+NEGATIVE = 32 / 115, 1.0
 STRIDES = {"f4": 4, "f8": 8, "f16": 16, "f32": 32}
 KINDS = [5, 7]
-LOSSES = {"loss_sharpmask_mask", "loss_sharpmask_score", "loss_sharpmask_quality"}
-# x0, y0, x1, y1: canonical in windows of 40 (5 cells of stride 8), 56, 80 and 112 pixels are sides of 23, 32, 46 and 64.
+LOSSES = {f"loss_sharpmask_{name}" for name in ("mask", "dice", "side", "score")}
+# x0, y0, x1, y1: canonical in windows of 28 (7 cells of stride 4), 40, 56 and 80 pixels are sides of 22, 32, 45 and 64.
 OBJECTS = [(8, 10, 31, 33), (60, 6, 92, 30), (20, 60, 66, 100), (80, 40, 130, 104)]
 
 
@@ -114,16 +109,12 @@ def cfg(tiny_cfg):
     cfg.MODEL.PIXEL_STD = [50.0] * 3
     sharpmask = cfg.MODEL.SHARPMASK
     sharpmask.GENERATOR.FROZEN = False
-    sharpmask.LABELS.NEGATIVE_SHIFT = RULE["negative_shift"]
-    sharpmask.LABELS.NEGATIVE_OCTAVES = RULE["negative_octaves"]
     sharpmask.FPN.IN_FEATURES = list(STRIDES)
     sharpmask.FPN.EXTRA_LEVELS = 1
     sharpmask.FPN.SCORE_CHANNELS = 8
     sharpmask.FPN.WINDOW_NMS_THRESH = 1.0
-    sharpmask.FPN.SCALE_PRIOR = 0.0
-    sharpmask.FPN.QUALITY = True
-    sharpmask.FPN.OBJECT_SHARE = SHARE
-    sharpmask.FPN.MASK_SHIFT, sharpmask.FPN.MASK_OCTAVES = NEAR
+    # Masks lie in the windows that are scored.
+    sharpmask.FPN.MASK_WINDOW = 1.0
     torch.manual_seed(0)
     return cfg
 
@@ -203,10 +194,6 @@ def propose_these(generator, pyramid, image_sizes, places):
     ]
 
 
-def logit(p):
-    return math.log(p) - math.log1p(-p)
-
-
 # ---------------------------------------------------------------------------------------------------------------- geometry
 
 
@@ -236,8 +223,6 @@ def test_every_place_among_the_scores_is_the_window_that_loops_find(cfg):
     assert [tuple(row) for row in torch.stack(cells, dim=1).tolist()] == [place[:4] for place in slow]
     assert generator.geometry.windows(cells).dtype == torch.float32
     assert generator.geometry.windows(cells).tolist() == [place[4] for place in slow]
-    octaves = [math.log2((x1 - x0) / 20) for *_, (x0, _, x1, _) in slow]
-    torch.testing.assert_close(generator.geometry.octaves(pyramid.sizes), torch.tensor(octaves))
     # In any order, too.
     order = torch.randperm(len(slow), generator=torch.Generator().manual_seed(0))
     shuffled = generator.geometry.cells(order, pyramid.sizes)
@@ -290,26 +275,6 @@ def slow_cell(maps, image, level, y, x):
     return torch.zeros(maps[0].shape[1]), False
 
 
-@pytest.mark.parametrize("cells", [1, 5, 7])
-def test_cells_of_windows_against_loops(cells):
-    maps = table_maps()
-    places = [
-        (image, level, y, x)
-        for image, level in itertools.product(range(3), range(3))
-        for y, x in itertools.product((0, 1, int(EXTENTS[image, level, 0]) - 1), (0, int(EXTENTS[image, level, 1]) - 1))
-    ]
-    cut, inside = FeatureTable(maps, EXTENTS, STRIDES_OF_TABLE).cut(*torch.tensor(places).T, cells)
-    assert cut.shape == (len(places), cells, cells, 3)
-    assert inside.dtype == torch.bool
-    for n, (image, level, y, x) in enumerate(places):
-        for i, j in itertools.product(range(cells), repeat=2):
-            expected, within = slow_cell(maps, image, level, y - (cells - 1) // 2 + i, x - (cells - 1) // 2 + j)
-            assert torch.equal(cut[n, i, j], expected)
-            assert inside[n, i, j].item() == within
-    assert inside.any()
-    assert cells == 1 or not inside.all()
-
-
 @pytest.mark.parametrize("size", [1, 4, 9])
 def test_samples_of_windows_against_loops(size):
     maps = table_maps()
@@ -358,72 +323,49 @@ def test_a_linear_ramp_is_sampled_where_the_window_says():
 def test_gradients_of_what_is_read_go_to_the_cells_it_was_read_from():
     maps = [x.requires_grad_() for x in table_maps()]
     table = FeatureTable(maps, EXTENTS, STRIDES_OF_TABLE)
-    cut, _ = table.cut(*torch.tensor([[1, 1, 2, 0]]).T, 5)
-    cut.sum().backward()
+    # Samples lie on the centres of cells: columns -2 .. 2 and rows 0 .. 4, of which three belong to the image.
+    window = torch.tensor([[-16.0, 0.0, 24.0, 40.0]])
+    table.sample(torch.tensor([1]), torch.tensor([1]), window, 5).sum().backward()
     assert maps[0].grad is None or not maps[0].grad.any()
-    # Rows 0 .. 2 of the three that belong to the image, columns 0 .. 2.
     expected = torch.zeros_like(maps[1])
     expected[1, :, 0:3, 0:3] = 1
-    assert torch.equal(maps[1].grad, expected)
+    torch.testing.assert_close(maps[1].grad, expected)
 
 
 # ------------------------------------------------------------------------------------------- what windows are alone they are
 
 
-@pytest.mark.parametrize("num_refinements", [0, 1, 2])
 @pytest.mark.parametrize("kind", [0, 1])
-def test_a_window_cut_out_of_the_image_has_the_same_score_quality_and_mask(cfg, kind, num_refinements):
-    cfg.MODEL.SHARPMASK.FPN.NUM_REFINEMENTS = num_refinements
+def test_a_window_cut_out_of_the_image_has_the_same_score(cfg, kind):
     generator, backbone = build(cfg).eval(), PatchBackbone().eval()
     cells, strides = KINDS[kind], [4, 8, 16, 32, 64]
-    size = (512, 576)
-    image = noise(3, *size)
+    image = noise(3, 512, 576)
     # A window of each level; that of 7 cells of 64 pixels just fits.
     chosen = {0: (12, 19), 1: (9, 13), 2: (11, 7), 3: (7, 11), 4: (4, 4)}
-    side_of_mask = 14 * 2**num_refinements
 
-    def run(image, places):
-        size = tuple(image.shape[1:])
+    def scores(image, places):
         images = images_of(image)
         with torch.no_grad():
-            pyramid = generator.pyramid([size], backbone(images.tensor))
+            pyramid = generator.pyramid([tuple(image.shape[1:])], backbone(images.tensor))
         numbers = {place[:4]: number for number, place in enumerate(slow_places(pyramid.sizes, strides))}
-        places = [numbers[place] for place in places]
-        return pyramid.scores[0, places], propose_these(generator, pyramid, [size], [places])[0]
+        return pyramid.scores[0, [numbers[place] for place in places]]
 
-    places = [(level, kind, y, x) for level, (y, x) in chosen.items()]
-    whole_scores, whole = run(image, places)
-    assert len(whole) == len(places)
-    assert whole_scores.std() > 0.01
-    for (level, _, y, x), whole_score in zip(places, whole_scores):
+    whole = scores(image, [(level, kind, y, x) for level, (y, x) in chosen.items()])
+    assert whole.std() > 0.01
+    for (level, (y, x)), expected in zip(chosen.items(), whole):
         half, side = cells // 2, cells * strides[level]
         x0, y0 = (x - half) * strides[level], (y - half) * strides[level]
         piece = image[:, y0 : y0 + side, x0 : x0 + side]
         assert piece.shape == (3, side, side)
-        (score,), found = run(piece, [(level, kind, half, half)])
-        ((window, (objectness, mask)),) = found.items()
-        assert window == (0, 0, side, side)
-        expected_objectness, expected_mask = whole[x0, y0, x0 + side, y0 + side]
-        torch.testing.assert_close(score, whole_score, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(objectness, expected_objectness, atol=1e-5, rtol=1e-5)
-        if num_refinements and not (cells == 7 and level >= num_refinements):
-            # Half a cell beyond the window weighs in at its border, where the piece has nothing: the part that no border reaches agrees.
-            border = 9 if num_refinements == 2 else 5
-            mask, expected_mask = (m[border:-border, border:-border] for m in (mask, expected_mask))
-        else:
-            # Samples lie on the centres of cells, or there are none.
-            assert mask.shape == (side_of_mask, side_of_mask)
-        assert expected_mask.std() > 1e-3
-        assert (mask - expected_mask).abs().max() < 1e-5 * expected_mask.abs().max()
+        (score,) = scores(piece, [(level, kind, half, half)])
+        torch.testing.assert_close(score, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_refinements", [1, 2])
-def test_a_window_on_nothing_has_the_whole_mask_that_it_has_alone(cfg, num_refinements):
+def test_a_window_on_nothing_has_the_mask_that_it_has_alone(cfg):
     """Where nothing is around the window and nothing is made of nothing, masks agree up to their borders."""
-    cfg.MODEL.SHARPMASK.FPN.NUM_REFINEMENTS = num_refinements
     generator, backbone = build(cfg).eval(), PatchBackbone().eval()
-    for step in generator.decoder.steps:
-        for name, parameter in step.horizontal.named_parameters():
+    for path in (generator.decoder.horizontal_coarse, generator.decoder.horizontal_fine):
+        for name, parameter in path.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
     strides = [4, 8, 16, 32, 64]
@@ -447,58 +389,37 @@ def test_a_window_on_nothing_has_the_whole_mask_that_it_has_alone(cfg, num_refin
             torch.testing.assert_close(results[1][0], results[0][0], atol=1e-5, rtol=1e-5)
 
 
-def test_masks_read_the_finer_levels_and_not_their_own(cfg):
-    """Module n of a window reads the level n finer than its own, or the finest."""
-    generator = build(cfg).eval()
-    features = {name: x.detach() for name, x in PatchBackbone()(noise(1, 3, 320, 320)).items()}
-    strides = [4, 8, 16, 32, 64]
-    for level in range(5):
-        changed = []
-        for number in range(5):
-            with torch.no_grad():
-                pyramid = generator.pyramid([(320, 320)], features)
-                maps = [x if i != number else x + 1 for i, x in enumerate(pyramid.features)]
-                window = torch.tensor([[0.0, 0.0, 1, 1]]) * 5 * strides[level]
-                masks = []
-                for levels in (pyramid.features, maps):
-                    skips = generator.decoder.horizontal(levels, pyramid.extents, generator.strides)
-                    masks.append(
-                        generator.decoder.masks(
-                            torch.ones(1, 16), skips, torch.tensor([0]), torch.tensor([level]), window
-                        )
-                    )
-            if not torch.equal(*masks):
-                changed.append(number)
-        assert changed == sorted({max(level - 1, 0), max(level - 2, 0)})
-
-
 # ------------------------------------------------------------------------------------------------------------------ scores
 
 
-def test_scores_of_cut_windows_are_those_of_the_dense_grid(cfg):
+def test_scores_are_those_of_the_cells_of_each_window(cfg):
     generator, backbone = build(cfg).eval(), PatchBackbone()
     # The second image is smaller than the batch's map, and what lies beyond it is not nothing.
     sizes = [(96, 128), (50, 41)]
     features = {name: x.detach() for name, x in backbone(noise(2, 3, 96, 128)).items()}
-    pyramid = generator.pyramid(sizes, features)
-    table = FeatureTable(pyramid.features, pyramid.extents, generator.strides)
-    for number in range(2):
-        places = pyramid.scores[number].isfinite().nonzero()[:, 0]
-        cells = generator.geometry.cells(places, pyramid.sizes)
-        for kind, side in enumerate(KINDS):
-            of_kind = cells.kinds == kind
-            cut, inside = table.cut(
-                torch.full((int(of_kind.sum()),), number),
-                cells.levels[of_kind],
-                cells.ys[of_kind],
-                cells.xs[of_kind],
-                side,
-            )
-            with torch.no_grad():
-                scores = generator.scores.of_windows(cut, inside, kind)
-            expected = pyramid.scores[number, places[of_kind]]
+    heads = generator.scores
+    with torch.no_grad():
+        pyramid = generator.pyramid(sizes, features)
+        places = list(slow_places(pyramid.sizes, generator.strides))
+        for number in range(2):
+            inside = pyramid.scores[number].isfinite().nonzero()[:, 0]
+            chosen = inside[torch.randperm(len(inside), generator=torch.Generator().manual_seed(2))[:60]].tolist()
+            expected = []
+            for n in chosen:
+                level, kind, y, x, _ = places[n]
+                rows, columns = pyramid.extents[number, level].tolist()
+                match, half = heads.templates[kind], KINDS[kind] // 2
+                total = match.bias.clone()
+                for i, j in itertools.product(range(-half, half + 1), repeat=2):
+                    if 0 <= y + i < rows and 0 <= x + j < columns:
+                        cell = heads.reduce(pyramid.features[level][number, :, y + i, x + j, None, None])[
+                            :, 0, 0
+                        ].relu()
+                        total += match.weight[:, 0, i + half, j + half] * cell
+                expected.append(heads.predictors[kind](total.relu()[:, None, None])[0, 0, 0])
+            expected = torch.stack(expected)
             assert expected.std() > 1e-3
-            torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(pyramid.scores[number, chosen], expected, atol=1e-5, rtol=1e-5)
     # Scores of the smaller image do not depend on what is beyond it.
     for x in features.values():
         assert x[1, :, -1, -1].any()
@@ -509,9 +430,9 @@ def test_scores_of_cut_windows_are_those_of_the_dense_grid(cfg):
     torch.testing.assert_close(alone.scores[0][alone.scores[0].isfinite()], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("quality", "prior"), [(True, 0.0), (False, 0.0), (True, 0.5)])
-def test_objectness_is_the_logit_of_the_product_of_score_and_quality(cfg, quality, prior):
-    cfg.MODEL.SHARPMASK.FPN.QUALITY, cfg.MODEL.SHARPMASK.FPN.SCALE_PRIOR = quality, prior
+@pytest.mark.parametrize("mask_window", [1.0, 1.5])
+def test_proposals_are_the_windows_of_highest_score(cfg, mask_window):
+    cfg.MODEL.SHARPMASK.FPN.MASK_WINDOW = mask_window
     cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 200
     # No mask is left out, and windows come in several parts.
     cfg.MODEL.SHARPMASK.TEST.MASK_THRESHOLD = 1e-12
@@ -521,34 +442,21 @@ def test_objectness_is_the_logit_of_the_product_of_score_and_quality(cfg, qualit
     ((proposals,), losses) = generator(images_of(noise(3, 96, 128)), features)
     assert losses == {}
     assert len(proposals) == 200
-    found = proposals.objectness_logits.tolist()
-    assert found == sorted(found, reverse=True)
+    found = proposals.objectness_logits
     with torch.no_grad():
         pyramid = generator.pyramid([(96, 128)], features)
-        places = list(slow_places(pyramid.sizes, generator.strides))
-        by_window = {tuple(place[4]): number for number, place in enumerate(places)}
-        scores = pyramid.scores[0].double()
-        scores += prior * torch.tensor([math.log2((place[4][2] - place[4][0]) / 20) for place in places])
-        best = set(scores.topk(200).indices.tolist())
-        chosen = [by_window[tuple(window)] for window in proposals.proposal_masks.windows.tolist()]
-        assert set(chosen) == best
-        # Both kinds by turns, so that nothing holds by their order.
-        kinds = [places[number][1] for number in chosen]
-        assert sum(a != b for a, b in zip(kinds, kinds[1:])) > 10
-        expected = []
-        for number in chosen:
-            level, kind, y, x, _ = places[number]
-            score = scores[number].item()
-            if quality:
-                half = KINDS[kind] // 2
-                around = nn.functional.pad(pyramid.features[level], [half] * 4)
-                piece = around[0, :, y : y + KINDS[kind], x : x + KINDS[kind]].permute(1, 2, 0).flatten()
-                embedding = generator.decoder.embed[kind](piece).relu()
-                predicted = generator.decoder.quality(embedding).double().item()
-                score = logit(1 / (1 + math.exp(-score)) / (1 + math.exp(-predicted)))
-            expected.append(score)
-    assert np.ptp(found) > 0.5
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+    expected, best = pyramid.scores[0].sort(descending=True)
+    assert np.ptp(found.tolist()) > 0.5
+    torch.testing.assert_close(found, expected[:200])
+    places = list(slow_places(pyramid.sizes, generator.strides))
+    windows = torch.tensor([places[n][4] for n in best[:200].tolist()])
+    centres, sides = (windows[:, :2] + windows[:, 2:]) / 2, (windows[:, 2:] - windows[:, :2]) * mask_window
+    torch.testing.assert_close(
+        proposals.proposal_masks.windows, torch.cat([centres - sides / 2, centres + sides / 2], dim=1)
+    )
+    # Both kinds by turns, so that nothing holds by their order.
+    kinds = [places[n][1] for n in best[:200].tolist()]
+    assert sum(a != b for a, b in zip(kinds, kinds[1:])) > 10
 
 
 # ---------------------------------------------------------------------------------------------------------------- training
@@ -559,35 +467,25 @@ def learning_examples():
     return [draw(), draw([(5, 10, 37, 35), (50, 6, 90, 52)], (64, 96), kind="bitmap", seed=1)]
 
 
-def slow_label(window, boxes, *, share=SHARE, rule=RULE):
-    """Label by the rule, object by object; whether the window learns a mask; and the object near it, None if it is far from all."""
-    limits = (
-        (rule["positive_shift"], rule["positive_octaves"]),
-        NEAR,
-        (rule["negative_shift"], rule["negative_octaves"]),
-    )
-    nearest = [[], [], []]
-    side = window[2] - window[0]
-    for number, (x0, y0, x1, y1) in enumerate(boxes):
-        octaves = abs(math.log2(side * share / max(x1 - x0, y1 - y0)))
+def slow_target_of_score(window, boxes):
+    """1 up to a quarter of the distance from which it is 0, and linear in between; of the nearest object."""
+    side, target = window[2] - window[0], 0.0
+    for x0, y0, x1, y1 in boxes:
+        octaves = abs(math.log2(side * SHARE / max(x1 - x0, y1 - y0)))
         dx, dy = (window[0] + window[2] - x0 - x1) / 2, (window[1] + window[3] - y0 - y1) / 2
-        shift = max(abs(dx), abs(dy)) / (side * share) * CANONICAL
-        for within, (most_shift, most_octaves) in zip(nearest, limits):
-            if shift <= most_shift and octaves <= most_octaves:
-                within.append((max(shift / most_shift, octaves / most_octaves), number))
-    positive, around, near = nearest
-    if not near:
-        return 0, False, None
-    # Of the strictest rule that holds, the nearest object.
-    owner = min(positive or around or near)[1]
-    return 1 if positive else -1, bool(around), owner
+        distance = max(max(abs(dx), abs(dy)) / side / NEGATIVE[0], octaves / NEGATIVE[1])
+        target = max(target, min(1.0, (1 - distance) / 0.75))
+    return target
 
 
-def test_losses_are_of_the_labelled_windows(cfg):
-    """All windows of two images, one by one."""
+@pytest.mark.parametrize("mask_window", [1.0, 1.2])
+def test_losses_are_of_all_scores_and_of_masks_in_windows_around_the_objects(cfg, mask_window):
+    fpn = cfg.MODEL.SHARPMASK.FPN
+    fpn.MASK_WINDOW = mask_window
+    # Without jitter every object has its canonical window, equally often where the number of windows is a multiple of the objects.
+    fpn.MASK_JITTER_SHIFT = fpn.MASK_JITTER_OCTAVES = 0.0
+    fpn.MASK_WINDOWS_PER_IMAGE = 8
     generator, backbone = build(cfg).train(), PatchBackbone()
-    generator.sampler.windows_per_image, generator.sampler.positive_fraction = 100000, 0.5
-    threshold = generator.mask_threshold
     examples = learning_examples()
     images = images_of(*(image for image, _ in examples))
     features = backbone(images.tensor)
@@ -596,47 +494,35 @@ def test_losses_are_of_the_labelled_windows(cfg):
     with torch.no_grad():
         pyramid = generator.pyramid(images.image_sizes, features)
     places = list(slow_places(pyramid.sizes, generator.strides))
-    score_terms, quality_terms, mask_terms, kinds = [], [], [], Counter()
+    score_loss = total = 0.0
+    mask_terms, dice_terms, kinds = [], [], set()
     for number, (_, gt) in enumerate(examples):
         boxes = gt.gt_boxes.tensor.tolist()
-        inside = pyramid.scores[number].isfinite().tolist()
-        labels = {n: slow_label(place[4], boxes) for n, place in enumerate(places) if inside[n]}
-        near = [n for n, (_, _, owner) in labels.items() if owner is not None]
-        chosen = [near if i == number else [0] for i in range(2)]
-        found = propose_these(generator, pyramid, images.image_sizes, chosen)[number]
-        for n, (label, around, owner) in labels.items():
-            level, kind, y, x, window = places[n]
-            if label >= 0:
-                score_terms.append(bce(pyramid.scores[number, n].item(), label))
-            if owner is None:
-                quality_terms.append((number, level, kind, y, x, 0.0))
-                continue
-            kinds[label, around] += 1
-            mask = found[tuple(window)][1]
-            target = slow_target(gt, owner, window, mask.shape[0])
-            if around:
-                terms = nn.functional.binary_cross_entropy_with_logits(mask, target.float(), reduction="none")
-                mask_terms.append(terms.mean().item())
-            predicted = mask > threshold
-            overlap = (predicted & target).sum().item() / max((predicted | target).sum().item(), 1)
-            quality_terms.append((number, level, kind, y, x, overlap))
-    # Positive, near enough to learn a mask, and near enough to learn how good it is.
-    assert set(kinds) == {(1, True), (-1, True), (-1, False)}
-    assert min(kinds.values()) >= 8
-    assert losses["loss_sharpmask_score"].item() == pytest.approx(np.mean(score_terms), rel=1e-4)
-    weight = cfg.MODEL.SHARPMASK.MASK_LOSS_WEIGHT
+        for place, score in zip(places, pyramid.scores[number].tolist()):
+            if score > -math.inf:
+                target = slow_target_of_score(place[4], boxes)
+                score_loss += bce(score, target) * (target - 1 / (1 + math.exp(-score))) ** 2
+                total += target
+                kinds.add("between" if 0 < target < 1 else target)
+        for owner, (x0, y0, x1, y1) in enumerate(boxes):
+            half = max(x1 - x0, y1 - y0) / SHARE * mask_window / 2
+            cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
+            window = [cx - half, cy - half, cx + half, cy + half]
+            with torch.no_grad():
+                (mask,) = generator.decode(pyramid, torch.tensor([number]), torch.tensor([window]))
+            target = slow_target(gt, owner, window, len(mask)).float()
+            terms = [bce(value, t) for value, t in zip(mask.flatten().tolist(), target.flatten().tolist())]
+            p = mask.sigmoid()
+            dice = 1 - (2 * (p * target).sum() + 1) / ((p**2).sum() + target.sum() + 1)
+            # As many windows for each image.
+            mask_terms += [np.mean(terms)] * (8 // len(boxes))
+            dice_terms += [dice.item()] * (8 // len(boxes))
+    assert kinds == {0, "between", 1}
+    assert losses["loss_sharpmask_score"].item() == pytest.approx(score_loss / total, rel=1e-4)
     # Cells that an edge halves may fall to either side.
+    weight = cfg.MODEL.SHARPMASK.MASK_LOSS_WEIGHT
     assert losses["loss_sharpmask_mask"].item() == pytest.approx(weight * np.mean(mask_terms), rel=1e-2)
-    table = FeatureTable(pyramid.features, pyramid.extents, generator.strides)
-    terms = []
-    for kind, side in enumerate(KINDS):
-        rows = [row for row in quality_terms if row[2] == kind]
-        numbers, levels, _, ys, xs, target = (torch.tensor(x) for x in zip(*rows))
-        with torch.no_grad():
-            cut, _ = table.cut(numbers, levels, ys, xs, side)
-            predicted = generator.decoder.quality(generator.decoder.embed[kind](cut.flatten(1)).relu())[:, 0]
-        terms += nn.functional.binary_cross_entropy_with_logits(predicted, target, reduction="none").tolist()
-    assert losses["loss_sharpmask_quality"].item() == pytest.approx(np.mean(terms), rel=1e-3)
+    assert losses["loss_sharpmask_dice"].item() == pytest.approx(np.mean(dice_terms), rel=1e-2)
 
 
 def bce(value, target):
@@ -656,112 +542,9 @@ def slow_target(gt, number, window, side):
     return target
 
 
-def targets_fit(generator, pyramid, sample, examples, *, share=SHARE):
-    """Whether labels, the windows near objects, and targets are those that loops find, in the order of the windows."""
-    places = list(slow_places(pyramid.sizes, generator.strides))
-    windows = [places[n][4] for n in sample.numbers.tolist()]
-    boxes = [gt.gt_boxes.tensor.tolist() for _, gt in examples]
-    slow = [slow_label(window, boxes[n], share=share) for window, n in zip(windows, sample.images.tolist())]
-    assert sample.labels.tolist() == [label for label, _, _ in slow]
-    assert sample.around.tolist() == [around for _, around, _ in slow]
-    assert sample.near.tolist() == [owner is not None for _, _, owner in slow]
-    rows = [n for n, near in enumerate(sample.near.tolist()) if near]
-    assert len(rows) == len(sample.targets) > 0
-    for n, target in zip(rows, sample.targets):
-        expected = slow_target(examples[sample.images[n]][1], slow[n][2], windows[n], target.shape[0])
-        # Cells that an edge halves may fall to either side.
-        assert (target != expected).sum() <= 0.1 * (target | expected).sum()
-    kinds = [places[n][1] for n in sample.numbers.tolist()]
-    assert kinds == sorted(kinds)
-    assert len(set(zip(sample.images.tolist(), sample.numbers.tolist()))) == len(kinds)
-
-
-@pytest.mark.parametrize(("most", "share"), [(100000, SHARE), (100000, 0.83), (40, SHARE), (8, SHARE)])
-def test_windows_that_pay_are_labelled_and_counted(cfg, most, share):
-    cfg.MODEL.SHARPMASK.FPN.OBJECT_SHARE = share
-    generator, backbone = build(cfg).train(), PatchBackbone()
-    generator.sampler.windows_per_image, generator.sampler.positive_fraction = most, 0.5
-    examples = learning_examples()
-    images = images_of(*(image for image, _ in examples))
-    with torch.no_grad():
-        pyramid = generator.pyramid(images.image_sizes, backbone(images.tensor))
-    sample = generator.sampler(pyramid.scores, pyramid.sizes, [gt for _, gt in examples], generator.decoder.mask_size)
-    targets_fit(generator, pyramid, sample, examples, share=share)
-    places = list(slow_places(pyramid.sizes, generator.strides))
-    for number, (_, gt) in enumerate(examples):
-        boxes = gt.gt_boxes.tensor.tolist()
-        scores = pyramid.scores[number].tolist()
-        slow = {n: slow_label(place[4], boxes, share=share) for n, place in enumerate(places) if scores[n] > -math.inf}
-        own = sample.images == number
-        found = set(zip(sample.labels[own].tolist(), sample.around[own].tolist(), sample.near[own].tolist()))
-        assert found == {(1, True, True), (-1, True, True), (-1, False, True), (0, False, False)} or most < 100000
-        positive = sum(label == 1 for label, _, _ in slow.values())
-        around = sum(around for _, around, _ in slow.values())
-        # Positive windows go first; others around objects fill up, and half as many are farther away.
-        expected = min(positive, most // 2)
-        assert (sample.labels[own] == 1).sum() == expected > 0
-        assert sample.around[own].sum() == min(around, most // 2)
-        assert (sample.labels[own] == 0).sum() == min(sum(x[0] == 0 for x in slow.values()), most - expected)
-        # These are the ones of highest score.
-        far = sorted((scores[n], n) for n, (_, around, owner) in slow.items() if owner is not None and not around)
-        rated = sample.numbers[own & sample.near & ~sample.around].tolist()
-        assert set(rated) == {n for _, n in far[-(most // 4) :]}
-
-
-@pytest.mark.parametrize(("name", "value"), [("SHIFT", 20.0), ("OCTAVES", 0.4)])
-def test_windows_that_are_negative_learn_no_mask_however_near(cfg, name, value):
-    """A label rule that calls windows negative which FPN.MASK_SHIFT and MASK_OCTAVES call near."""
-    cfg.MODEL.SHARPMASK.LABELS[f"NEGATIVE_{name}"] = value
-    generator, backbone = build(cfg).train(), PatchBackbone()
-    generator.sampler.windows_per_image = 100000
-    image, gt = draw()
-    images = images_of(image)
-    with torch.no_grad():
-        pyramid = generator.pyramid(images.image_sizes, backbone(images.tensor))
-    sample = generator.sampler(pyramid.scores, pyramid.sizes, [gt], generator.decoder.mask_size)
-    far = sample.labels == 0
-    assert far.any()
-    assert not (sample.near & far).any()
-    assert not (sample.around & far).any()
-    assert len(set(sample.numbers.tolist())) == len(far)
-    assert len(sample.targets) == sample.near.sum() > 0
-
-
-def test_a_positive_window_learns_the_object_that_made_it_positive(cfg):
-    """Though another one, too large for it, is nearer by the wider rule of masks."""
-    # A window of 5 cells of stride 16, canonical for 46 pixels.
-    window = [32.0, 32.0, 112.0, 112.0]
-    # 7 pixels beside its middle, 14 of the patch; and just in its middle, but more than a quarter of an octave too large.
-    objects = [(56, 49, 102, 95), (44, 44, 100, 100)]
-    assert 0.25 < math.log2(56 / 46) < 14 / NEAR[0] * NEAR[1]
-    assert slow_label(window, objects) == (1, True, 0)
-    assert slow_label(window, objects[1:]) == (-1, True, 0)
-    generator, backbone = build(cfg).train(), PatchBackbone()
-    generator.sampler.windows_per_image = 100000
-    image, gt = draw(objects, (160, 160))
-    images = images_of(image)
-    with torch.no_grad():
-        pyramid = generator.pyramid(images.image_sizes, backbone(images.tensor))
-    sample = generator.sampler(pyramid.scores, pyramid.sizes, [gt], generator.decoder.mask_size)
-    targets_fit(generator, pyramid, sample, [(image, gt)])
-    windows = generator.geometry.windows(generator.geometry.cells(sample.numbers, pyramid.sizes)).tolist()
-    assert sample.labels[windows.index(window)] == 1
-
-
 def trained_parts(model):
-    decoder = model.proposal_generator.decoder
-    parts = {
-        "reduce": model.proposal_generator.scores.reduce,
-        "templates": model.proposal_generator.scores.templates,
-        "predictors": model.proposal_generator.scores.predictors,
-        "embed": decoder.embed,
-        "start": decoder.start,
-        "to_mask": decoder.to_mask,
-        "quality": decoder.quality,
-    }
-    for i, step in enumerate(decoder.steps):
-        parts[f"vertical {i}"], parts[f"horizontal {i}"] = step.vertical, step.horizontal
-    return parts
+    scores, decoder = model.proposal_generator.scores, model.proposal_generator.decoder
+    return dict((*scores.named_children(), *decoder.named_children()))
 
 
 def inputs_of(*examples):
@@ -770,7 +553,6 @@ def inputs_of(*examples):
 
 def test_gradients_of_each_loss_reach_what_it_trains(cfg):
     model = build_model(with_fpn(cfg)).train()
-    # Most objects are small for ResNet-18's coarse levels, but every level of the pyramid has a window that pays.
     inputs = inputs_of(draw(), draw([(0, 0, 100, 64), (110, 20, 140, 50)], seed=1))
     decoder, pyramid = model.proposal_generator.decoder, model.backbone
     trunk = {name: getattr(pyramid.bottom_up, name) for name in ("stem", "res2", "res3", "res4", "res5")}
@@ -785,13 +567,12 @@ def test_gradients_of_each_loss_reach_what_it_trains(cfg):
         losses[name].backward()
         reached[name] = {part for part, module in trained_parts(model).items() if gradient(module)}
         assert all(gradient(module) > 0 for module in trunk.values()), name
-        outputs = [m for n, m in laterals.items() if n.startswith("fpn_output")]
         assert all(gradient(m) > 0 for n, m in laterals.items() if n.startswith("fpn_lateral")), name
-        assert sum(gradient(m) > 0 for m in outputs) >= 3, name
-    of_masks = {"start", "to_mask", *(f"{path} {i}" for path in ("vertical", "horizontal") for i in (0, 1))}
-    assert reached["loss_sharpmask_mask"] == {"embed", *of_masks}
+    of_encoding = {"embed", "start", "horizontal_coarse", "refine_coarse"}
+    of_mask = of_encoding | {"horizontal_fine", "widen", "refine_fine"}
+    assert reached["loss_sharpmask_mask"] == reached["loss_sharpmask_dice"] == of_mask | {"to_mask"}
+    assert reached["loss_sharpmask_side"] == of_mask | {"side_masks"}
     assert reached["loss_sharpmask_score"] == {"reduce", "templates", "predictors"}
-    assert reached["loss_sharpmask_quality"] == {"embed", "quality"}
     model.zero_grad()
     sum(model(inputs).values()).backward()
     assert all(p.grad is not None and p.grad.any() for p in decoder.parameters())
@@ -813,18 +594,16 @@ def test_frozen_it_has_no_losses_and_no_gradients(cfg):
 
 
 @pytest.mark.parametrize("objects", [[], [(0, 0, 3, 3)]])
-@pytest.mark.parametrize("num_refinements", [0, 2])
-def test_without_positives_the_mask_loss_is_nothing_but_attached(cfg, objects, num_refinements, storage):
-    cfg.MODEL.SHARPMASK.FPN.NUM_REFINEMENTS = num_refinements
+def test_without_masks_to_train_on_the_losses_of_masks_are_nothing_but_attached(cfg, objects, storage):
     generator, backbone = build(cfg).train(), PatchBackbone()
     examples = [draw(objects), draw([], (64, 96))]
     images = images_of(*(image for image, _ in examples))
     _, losses = generator(images, backbone(images.tensor), [gt for _, gt in examples])
     assert set(losses) == LOSSES
-    assert losses["loss_sharpmask_mask"] == 0
-    assert losses["loss_sharpmask_mask"].requires_grad
     assert losses["loss_sharpmask_score"] > 0
-    assert losses["loss_sharpmask_quality"] > 0
+    for name in LOSSES - {"loss_sharpmask_score"}:
+        assert losses[name] == 0
+        assert losses[name].requires_grad
     assert all(loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
     # DistributedDataParallel waits for all of them.
@@ -835,48 +614,28 @@ def test_without_positives_the_mask_loss_is_nothing_but_attached(cfg, objects, n
     assert storage.latest()["sharpmask/num_positives"][0] == 0
 
 
-def test_without_any_window_the_losses_are_zero(cfg):
-    cfg.MODEL.SHARPMASK.GENERATOR.WINDOWS_PER_IMAGE = 0
-    generator, backbone = build(cfg).train(), PatchBackbone()
-    image, gt = draw()
-    images = images_of(image)
-    _, losses = generator(images, backbone(images.tensor), [gt])
-    assert [loss.item() for loss in losses.values()] == [0, 0, 0]
-    sum(losses.values()).backward()
-    assert all(p.grad is not None and not p.grad.any() for p in generator.parameters())
-
-
 def test_losses_carry_the_configured_weights(cfg):
     image, gt = draw()
     images = images_of(image)
     features = PatchBackbone()(images.tensor)
     found = []
-    for weights in ((1.0, 1.0, 1.0), (5.0, 3.0, 2.0)):
+    for weights in ((1.0, 1.0), (5.0, 3.0)):
         sharpmask = cfg.MODEL.SHARPMASK
-        sharpmask.MASK_LOSS_WEIGHT, sharpmask.SCORE_LOSS_WEIGHT, sharpmask.FPN.QUALITY_LOSS_WEIGHT = weights
+        sharpmask.MASK_LOSS_WEIGHT, sharpmask.SCORE_LOSS_WEIGHT = weights
         torch.manual_seed(0)
         found.append(build(cfg).train()(images, features, [gt])[1])
-    for name, factor in zip(("mask", "score", "quality"), (5, 3, 2)):
+    for name, factor in {"mask": 5, "score": 3, "dice": 1, "side": 1}.items():
         name = f"loss_sharpmask_{name}"
         torch.testing.assert_close(found[1][name], factor * found[0][name])
 
 
-def test_without_quality_there_is_no_loss_of_it(cfg):
-    cfg.MODEL.SHARPMASK.FPN.QUALITY = False
-    generator, backbone = build(cfg).train(), PatchBackbone()
-    image, gt = draw()
-    images = images_of(image)
-    _, losses = generator(images, backbone(images.tensor), [gt])
-    assert set(losses) == LOSSES - {"loss_sharpmask_quality"}
-
-
 def test_under_autocast_losses_are_nearly_those_of_full_precision(cfg):
     generator, backbone = build(cfg).train(), PatchBackbone()
-    # All windows, so that nothing is drawn.
-    generator.sampler.windows_per_image = 100000
     image, gt = draw()
     images = images_of(image)
+    torch.manual_seed(0)
     losses = generator(images, backbone(images.tensor), [gt])[1]
+    torch.manual_seed(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (proposals,), found = generator(images, backbone(images.tensor), [gt])
     for name in LOSSES:
@@ -891,11 +650,13 @@ def test_under_autocast_losses_are_nearly_those_of_full_precision(cfg):
 def test_a_few_steps_on_two_images_find_their_objects(cfg, kind):
     cfg.MODEL.SHARPMASK.EMBED_DIM = 32
     cfg.MODEL.SHARPMASK.MASK_LOSS_WEIGHT = 4.0
-    cfg.MODEL.SHARPMASK.GENERATOR.WINDOWS_PER_IMAGE = 64
+    cfg.MODEL.SHARPMASK.FPN.MASK_WINDOWS_PER_IMAGE = 16
+    # In training, proposals are made in every step.
+    cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 20
     cfg.MODEL.SHARPMASK.FPN.IN_FEATURES = ["f8", "f16", "f32"]
     cfg.MODEL.SHARPMASK.FPN.EXTRA_LEVELS = 0
     model = build_model(cfg)
-    # A disc in one, a rectangle in the other, which are canonical in windows of 112 and 80 pixels.
+    # A disc in one, a rectangle in the other, which are canonical in windows of 80 and 58 pixels.
     examples = [draw([], (112, 128), kind=kind, seed=2), draw([(30, 30, 76, 70)], (96, 112), kind=kind, seed=3)]
     ys, xs = np.mgrid[:112, :128] + 0.5
     disc = torch.tensor((ys - 56) ** 2 + (xs - 72) ** 2 < 32**2)
@@ -1040,94 +801,6 @@ def test_keys_of_stability_and_of_mask_nms_lower_scores(cfg):
         assert any(lowered[w] < 0.9 * p for w, p in without.items())
 
 
-# ----------------------------------------------------------------------------------------------------------------- sampling
-
-
-def balance(labels, groups, scores, **options):
-    options = {"num_windows": 40, "positive_fraction": 0.25, "hard_fraction": 0.5, **options}
-    return balance_windows(torch.tensor(labels), torch.tensor(groups), torch.tensor(scores), **options)
-
-
-def drawn_windows(positive=30, negative=500, ignored=200):
-    draws = np.random.default_rng(0)
-    labels = draws.permutation([1] * positive + [0] * negative + [-1] * ignored)
-    return labels.tolist(), draws.integers(0, 3, len(labels)).tolist(), draws.normal(size=len(labels)).tolist()
-
-
-@pytest.mark.parametrize(
-    ("positive", "negative", "num_windows", "expected"),
-    [
-        (30, 500, 40, (10, 30)),
-        (4, 500, 40, (4, 36)),
-        (30, 12, 40, (10, 12)),
-        (0, 500, 40, (0, 40)),
-        (30, 0, 40, (10, 0)),
-        (0, 0, 40, (0, 0)),
-        (30, 500, 0, (0, 0)),
-        (3, 5, 1000, (3, 5)),
-    ],
-)
-def test_windows_that_pay_are_as_many_as_asked_for(positive, negative, num_windows, expected):
-    torch.manual_seed(0)
-    labels, groups, scores = drawn_windows(positive, negative)
-    for hard_fraction in (0.0, 0.5, 1.0):
-        positives, negatives = balance(labels, groups, scores, num_windows=num_windows, hard_fraction=hard_fraction)
-        assert (len(positives), len(negatives)) == expected
-        assert all(labels[n] == 1 for n in positives.tolist())
-        assert all(labels[n] == 0 for n in negatives.tolist())
-        assert len({*positives.tolist(), *negatives.tolist()}) == sum(expected)
-
-
-def test_hard_negatives_are_those_of_highest_score():
-    labels, groups, scores = drawn_windows()
-    # Ignored and positive windows score higher than any negative.
-    scores = [score + (0 if label == 0 else 100) for label, score in zip(labels, scores)]
-    ranked = sorted((n for n, label in enumerate(labels) if label == 0), key=lambda n: -scores[n])
-    often = Counter()
-    torch.manual_seed(0)
-    for _ in range(20):
-        _, negatives = balance(labels, groups, scores)
-        assert set(ranked[:15]) <= set(negatives.tolist())
-        assert len(set(negatives.tolist()) & set(ranked[15:])) == 15
-        often.update(negatives.tolist())
-    # The rest are drawn anew.
-    assert len(often) > 100
-    _, negatives = balance(labels, groups, scores, hard_fraction=1.0)
-    assert sorted(negatives.tolist()) == sorted(ranked[:30])
-
-
-def test_negatives_are_drawn_in_equal_shares_of_levels():
-    torch.manual_seed(0)
-    # There are sixteen times as many windows on a level as on the next coarser but one.
-    groups = [0] * 6400 + [1] * 1600 + [2] * 400
-    counts, positives_drawn = Counter(), Counter()
-    for _ in range(60):
-        # Scores are high on the first level, where the hard ones are.
-        positives, negatives = balance(
-            [0, 0, 0, 1] * 2100,
-            groups,
-            [5.0 if g == 0 else -5.0 for g in groups],
-            num_windows=80,
-            hard_fraction=0.25,
-        )
-        assert (len(positives), len(negatives)) == (20, 60)
-        hard = 15
-        drawn = Counter(groups[n] for n in negatives.tolist())
-        counts.update({0: drawn[0] - hard, 1: drawn[1], 2: drawn[2]})
-        positives_drawn.update(positives.tolist())
-    # 45 each time, 15 of each level.
-    assert sum(counts.values()) == 60 * 45
-    assert all(0.29 < count / sum(counts.values()) < 0.375 for count in counts.values())
-    assert max(positives_drawn.values()) < 8
-
-
-def test_a_level_that_runs_out_leaves_its_share_to_the_others():
-    torch.manual_seed(0)
-    _, negatives = balance([0] * 105, [0] * 100 + [1] * 5, [0.0] * 105, num_windows=60, hard_fraction=0.0)
-    assert len(set(negatives.tolist())) == 60
-    assert sum(n >= 100 for n in negatives.tolist()) == 5
-
-
 # ------------------------------------------------------------------------------------------------------------ configuration
 
 
@@ -1139,6 +812,8 @@ def test_a_level_that_runs_out_leaves_its_share_to_the_others():
         (["IN_FEATURES", ["f4", "f16"]], r"IN_FEATURES: .* strides are \[4, 16, 32\], .*twice"),
         (["IN_FEATURES", ["f8", "f4"]], r"IN_FEATURES: .* strides are \[8, 4, 8\], .*twice"),
         (["IN_FEATURES", ["f4", "wide"]], r"IN_FEATURES: .* channels, \[6, 9\]"),
+        (["LABELS.NEGATIVE_SHIFT", 0.0], r"LABELS\.NEGATIVE_SHIFT is 0\.0: it must be above 0"),
+        (["LABELS.NEGATIVE_OCTAVES", 0.0], r"LABELS\.NEGATIVE_OCTAVES is 0\.0: it must be above 0"),
     ],
 )
 def test_what_does_not_fit_is_named(cfg, options, message):
@@ -1163,13 +838,11 @@ def test_training_without_masks_is_named(cfg):
         model(inputs_of((image, gt)))
 
 
-@pytest.mark.parametrize("num_refinements", [0, 1, 2])
-def test_masks_double_with_every_refinement(cfg, num_refinements):
-    cfg.MODEL.SHARPMASK.FPN.NUM_REFINEMENTS = num_refinements
+def test_masks_have_56_cells_along_a_side(cfg):
     generator, backbone = build(cfg).eval(), PatchBackbone()
     images = images_of(noise(3, 64, 96))
     (proposals,), _ = generator(images, backbone(images.tensor))
-    assert proposals.proposal_masks.logits.shape[1:] == (14 * 2**num_refinements,) * 2
+    assert proposals.proposal_masks.logits.shape[1:] == (56, 56)
     assert 0 < len(proposals) <= cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS
     assert not proposals.proposal_masks.logits.requires_grad
 
@@ -1266,7 +939,9 @@ def test_in_training_a_detector_s_proposals_have_no_masks(cfg):
 def test_a_detector_survives_images_without_proposals(cfg):
     model = build_model(detector_cfg(cfg, "StandardROIHeads"))
     # Every mask is empty.
-    nn.init.constant_(model.proposal_generator.decoder.to_mask.bias, -1e6)
+    decoder = model.proposal_generator.decoder
+    for layer in (decoder.to_mask, decoder.side_masks[0]):
+        nn.init.constant_(layer.bias, -1e6)
     inputs = inputs_of(draw())
     losses = model.train()(inputs)
     assert all(loss.isfinite() for loss in losses.values())

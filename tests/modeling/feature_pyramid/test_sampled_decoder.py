@@ -158,9 +158,6 @@ def cfg(tiny_cfg):
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [127.0] * 3, [128.0] * 3
     sharpmask = cfg.MODEL.SHARPMASK
     sharpmask.GENERATOR.FROZEN = False
-    sharpmask.FPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6", "p7"]
-    sharpmask.FPN.EXTRA_LEVELS = 0
-    sharpmask.FPN.DECODER = "windows"
     sharpmask.TEST.NUM_PROPOSALS = 50
     torch.manual_seed(0)
     return cfg
@@ -201,12 +198,6 @@ def test_canonical_windows_are_those_that_scored_windows_are_enlarged_to(cfg):
     windows = generator.canonical_windows(boxes)
     expected = [[58 - 12, 54 - 12, 58 + 12, 54 + 12], [12 - 12, 11 - 12, 12 + 12, 11 + 12], [-16, -16, 80, 80]]
     torch.testing.assert_close(windows, torch.tensor(expected).float())
-
-
-def test_an_unknown_decoder_is_named(cfg):
-    cfg.MODEL.SHARPMASK.FPN.DECODER = "both"
-    with pytest.raises(ValueError, match=r"MODEL\.SHARPMASK\.FPN\.DECODER is 'both'"):
-        build_model(cfg)
 
 
 def test_only_the_first_masks_are_refined_the_others_are_interpolated(cfg):
