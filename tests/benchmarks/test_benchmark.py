@@ -7,7 +7,6 @@ import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 import json
 import runpy
 import sys
-from pathlib import Path
 
 import cv2
 import pytest
