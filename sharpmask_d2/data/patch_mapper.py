@@ -9,7 +9,7 @@ import torch
 from detectron2.config import configurable
 
 from ..errors import UserError
-from ..windows.geometry import label_rule
+from ..windows.labels import label_rule
 from .images import ImageError, read_image
 from .objects import ImageObjects, cut_region, large_enough, read_objects, render_mask
 from .window_sampling import WindowSampler

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..windows.geometry import label_windows, object_windows
+from ..windows.geometry import object_windows
+from ..windows.labels import label_windows
 from .objects import ImageObjects
 
 # Tries before a window that is no negative is taken for one all the same, as in the released code.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..windows.geometry import window_offsets
+from ..windows.labels import window_offsets
 from .proposed_image import ProposedImage
 from .recall import AREA_RANGES, IOU_THRESHOLDS, PROPOSAL_COUNTS, RecallAccumulator
 from .tables import Table, percent

@@ -14,7 +14,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ..modeling.meta_arch import SegmentProposalNetwork
-from ..windows.geometry import canonical_size, label_rule
+from ..windows.geometry import canonical_size
+from ..windows.labels import label_rule
 from .given_boxes import BoxDecoder, decode_boxes
 from .missed_objects import WindowRule
 from .proposed_image import ProposedImage, proposed_image

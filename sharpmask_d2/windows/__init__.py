@@ -1,1 +1,1 @@
-"""Square windows of images: where they lie, which objects they hold, and the masks of these objects in them."""
+"""Square windows of images, for both pyramids: their geometry, their labels, and the masks of objects in them."""

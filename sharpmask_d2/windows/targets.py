@@ -1,6 +1,6 @@
-"""What windows of a full image learn: which of them pay a loss, and the masks they should give.
+"""Training targets of windows of a full image: which windows contribute to the losses, and the masks that they should predict.
 
-Shape letters: N windows, G objects, P positive windows, Y X grid of windows of a level, H W image, M mask side.
+Shape letters: N windows, G objects, P positive windows, M mask side.
 """
 
 import torch
@@ -10,72 +10,22 @@ from detectron2.structures import BitMasks
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from .geometry import cell_windows, label_windows, level_padding
+from .labels import label_windows
 
 # Samples of the bitmap along each side of a target's cell: as many as there are pixels would take most of a training step.
 _SAMPLES = 2
 
 
-def grid_size(level, window_size: int, stride: int, divisor: int) -> tuple:
-    """Rows and columns (Y, X) of the grid that the network gives for a level, known without running it.
-
-    Args:
-        level: a `windows.Level`.
-        window_size: in pixels of the level.
-        stride: of the feature that the head reads, in pixels.
-        divisor: see `windows.level_padding`.
-    """
-    left, right, top, bottom = level_padding(level, window_size, divisor)
-    sides = level.size[0] + top + bottom, level.size[1] + left + right
-    return tuple(-(-side // stride) - window_size // stride + 1 for side in sides)
-
-
-def grid_windows(levels: list, sizes: list, window_size: int, stride: int, device) -> Tensor:
-    """Windows of all cells, level by level and row by row.
-
-    Args:
-        levels: list[windows.Level] of an image.
-        sizes: (Y, X) of each level.
-        window_size: in pixels of the level.
-        stride: of the grid, in pixels.
-        device: of the result.
-
-    Returns:
-        (N, 4) float32 XYXY in the frame of the image, in pixels; they may lie partly outside.
-    """
-    windows = []
-    for level, (rows, columns) in zip(levels, sizes):
-        cells = torch.arange(rows * columns, device=device)
-        windows.append(cell_windows(level, cells // columns, cells % columns, window_size, stride))
-    return torch.cat(windows)
-
-
-def split_cells(cells: Tensor, sizes: list) -> list:
-    """From numbers in the order of `grid_windows` to rows and columns.
-
-    Args:
-        cells: (N,) int64, ascending.
-        sizes: (Y, X) of each level.
-
-    Returns:
-        ys, xs for each level, in the order of `cells`.
-    """
-    bounds = torch.tensor([rows * columns for rows, columns in sizes]).cumsum(0)
-    counts = torch.searchsorted(cells.cpu(), bounds).diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
-    split = zip(sizes, cells.split(counts), [0, *bounds.tolist()])
-    return [((chosen - first) // columns, (chosen - first) % columns) for (_, columns), chosen, first in split]
-
-
 def sample_windows(
     windows: Tensor, boxes: Tensor, window_size: int, *, label_rule: dict, num_windows: int, positive_fraction: float
 ) -> tuple:
-    """Choose, with torch's random numbers, the windows of an image that pay losses.
+    """Choose, with torch's random numbers, the windows of an image that contribute to the losses.
 
     Args:
         windows: (N, 4) XYXY in the frame of the image.
         boxes: (G, 4) XYXY of the objects in the same frame; G may be 0.
         window_size: in pixels of the level.
-        label_rule: the keywords of `windows.label_windows`.
+        label_rule: the keywords of `labels.label_windows`.
         num_windows: at most this many are chosen.
         positive_fraction: at most this share of `num_windows` is positive; negatives fill up.
 

@@ -24,7 +24,8 @@ from sharpmask_d2.data.objects import ImageObjects, cut_region, read_objects, re
 from sharpmask_d2.data.patch_mapper import _jitter_colors
 from sharpmask_d2.data.resumable import ResumableLoader
 from sharpmask_d2.data.window_sampling import WindowSamples
-from sharpmask_d2.windows.geometry import label_windows, object_windows
+from sharpmask_d2.windows.geometry import object_windows
+from sharpmask_d2.windows.labels import label_windows
 
 WINDOW = 160
 RELEASED = {"positive_shift": 16.0, "positive_octaves": 0.25, "negative_shift": 48.0, "negative_octaves": 2.5}

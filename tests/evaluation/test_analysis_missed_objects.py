@@ -31,7 +31,8 @@ from sharpmask_d2.evaluation.recall import IOU_THRESHOLDS, match_ranks
 from sharpmask_d2.inference.predictor import ProposalPredictor, load_model
 from sharpmask_d2.inference.propose import build_config
 from sharpmask_d2.structures import WindowMasks
-from sharpmask_d2.windows.geometry import label_rule, label_windows, square_windows
+from sharpmask_d2.windows.geometry import square_windows
+from sharpmask_d2.windows.labels import label_rule, label_windows
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "analyze_proposals.py"
 RULE = WindowRule(share=0.8, shift=16 * 0.8 / 92, octaves=0.25)

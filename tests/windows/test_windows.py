@@ -4,16 +4,9 @@ import math
 
 import pytest
 import torch
-from sharpmask_d2.windows.geometry import (
-    Level,
-    canonical_size,
-    cell_windows,
-    grid_shifts,
-    label_windows,
-    level_padding,
-    object_windows,
-    pyramid_levels,
-)
+from sharpmask_d2.modeling.image_pyramid.levels import Level, cell_windows, grid_shifts, level_padding, pyramid_levels
+from sharpmask_d2.windows.geometry import canonical_size, object_windows
+from sharpmask_d2.windows.labels import label_windows
 
 WINDOW, STRIDE = 160, 16
 RELEASED = {"positive_shift": 16.0, "positive_octaves": 0.25, "negative_shift": 48.0, "negative_octaves": 2.5}

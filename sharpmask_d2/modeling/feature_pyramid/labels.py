@@ -6,7 +6,8 @@ Shape letters: T windows of an image, G objects of an image.
 import torch
 from torch import Tensor
 
-from ...windows.geometry import square_windows, window_offsets
+from ...windows.geometry import square_windows
+from ...windows.labels import window_offsets
 
 # Share of the distance from which the target is 0 within which it is 1.
 _FULL = 0.25

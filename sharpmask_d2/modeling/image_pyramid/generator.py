@@ -1,6 +1,6 @@
-"""Segment proposals from an image pyramid, as in the papers.
+"""Segment proposals from an image pyramid (DeepMask, section 3.3; SharpMask, section 3.3).
 
-Shape letters: H W image, N proposals, M mask side.
+Shape letters: B images, H W height and width of an image in pixels, h w of a level, N proposals, M mask side in cells.
 """
 
 import math
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from ...data.patch_mapper import PADDING_VALUE
 from ...errors import UserError
 from ...structures import WindowMasks, build_proposals
-from ...windows.geometry import cell_windows, corner_aligned, grid_shifts, level_padding, pyramid_levels
-from ...windows.targets import split_cells
+from ...windows.geometry import corner_aligned
+from .levels import cell_windows, grid_shifts, level_padding, pyramid_levels, split_cells
 from .network import SharpMaskNetwork, WindowGrid
 from .resizing import resize
 
 
 class ImagePyramid(nn.Module):
-    """From one image to its best windows: one pass of the trunk per level, then masks for the chosen windows only.
+    """Segment proposals of images: one pass of the trunk per level, then masks for the windows of highest score over all levels.
 
-    The stand-alone network and the proposal generator both hold one of these.
+    The stand-alone network and the proposal generator of detectors both hold one.
     """
 
     @configurable
@@ -43,16 +43,17 @@ class ImagePyramid(nn.Module):
         """
         Args:
             network: DeepMask or SharpMask.
-            exponents: scales of the pyramid, as exponents of 2.
-            grid_stride: distance of windows in pixels of the level.
-            num_proposals: most proposals of an image.
-            mask_threshold: probability above which a pixel is foreground.
-            nms_thresh: IoU of boxes above which the lower score goes; 1 keeps all.
-            stability, mask_nms: see `structures.build_proposals`.
-            windows_per_batch: windows refined at a time.
+            exponents: scales of the levels, as exponents of 2.
+            grid_stride: distance of neighbouring windows in pixels of the level, a divisor of the network's stride.
+            num_proposals: maximum number of proposals per image.
+            mask_threshold: probability, in 0..1, above which a pixel belongs to the mask.
+            nms_thresh: IoU above which a proposal's box suppresses boxes of lower score; 1 keeps all, as in the papers.
+            stability, mask_nms: see `structures.build_proposals`; default: False.
+            windows_per_batch: number of windows that are refined at a time, which bounds the memory.
 
         Raises:
-            ValueError: a threshold outside 0..1, less than one proposal, or a grid stride that does not divide the network's.
+            UserError: a threshold outside 0..1, less than one proposal, or a grid stride that does not divide the network's; the message
+                names the config key.
         """
         super().__init__()
         if not 0 < mask_threshold < 1:
@@ -84,7 +85,8 @@ class ImagePyramid(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Instances:
-        """
+        """Generate the proposals of one image.
+
         Args:
             image: (3, H, W) in 0..255, in the network's channel order.
 
@@ -93,53 +95,71 @@ class ImagePyramid(nn.Module):
             objectness_logits (N,), proposal_masks (WindowMasks). Windows whose mask is empty inside the image are left out.
 
         Raises:
-            ValueError: the image has no pixels.
+            UserError: the image has no pixels.
         """
         return self.of_batch(image[None])[0]
 
     @torch.no_grad()
     def of_batch(self, images: Tensor) -> list:
-        """The same for images of one size, whose levels go through the trunk together: memory grows with their number.
+        """Generate proposals for a batch of equally sized images.
+
+        Each level runs through the trunk once for the whole batch, so peak memory grows linearly with the batch size.
 
         Args:
             images: (B, 3, H, W) in 0..255, in the network's channel order.
 
         Returns:
-            B Instances.
+            list[Instances], one per image (see `forward`).
 
         Raises:
-            ValueError: the images have no pixels.
+            UserError: the images have no pixels.
         """
         image_size = tuple(images.shape[2:])
         if 0 in image_size:
             raise UserError(f"the image has no pixels: its size is {image_size} (height, width)")
         levels = self.levels(image_size)
-        # The largest, which takes the most memory, before anything of the others is kept.
+        # The largest level first: it needs the most memory, and nothing of the others is kept yet.
         grids = [self.level_grid(images, level) for level in reversed(levels)][::-1]
         return [self.propose(levels, [grid.of_image(number) for grid in grids]) for number in range(len(images))]
 
     def levels(self, image_size: tuple, octaves: float = 0.0) -> list:
-        """The levels of the pyramid of an image.
+        """The levels of an image.
 
         Args:
-            image_size: (height, width) in pixels.
-            octaves: added to every exponent.
+            image_size: (height, width) of the image in pixels.
+            octaves: added to the exponent of every level; default: 0.
 
         Returns:
-            list[windows.Level].
+            list[Level] (see `levels.pyramid_levels`).
         """
         return pyramid_levels(image_size, [exponent + octaves for exponent in self.exponents], self.shifts)
 
     def level_grid(self, images: Tensor, level) -> WindowGrid:
-        """The grid of a level of the images (B, 3, H, W), in 0..255."""
+        """Run the network on a level of images.
+
+        Args:
+            images: (B, 3, H, W) in 0..255, in the network's channel order.
+            level: one of `levels`.
+
+        Returns:
+            WindowGrid.
+        """
         return self.network.grid(self.level_image(images, level))
 
     @torch.no_grad()
     def propose(self, levels: list, grids: list) -> Instances:
-        """From the grids of all levels of one image to its proposals: see `forward`."""
+        """Choose the windows of highest score over all levels of one image, and compute their masks.
+
+        Args:
+            levels: list[Level] of the image.
+            grids: list[WindowGrid], one per level, each of one image (B = 1).
+
+        Returns:
+            Instances (see `forward`).
+        """
         scores = torch.cat([grid.scores.flatten() for grid in grids]).float()
         scores, chosen = scores.topk(min(self.num_proposals, len(scores)))
-        # Windows come level by level; `order` takes them back to the order of their scores.
+        # Windows are processed level by level; `order` restores the order of their scores.
         cells, order = chosen.sort()
         masks, windows = None, scores.new_empty((len(scores), 4))
         split = split_cells(cells, [tuple(grid.scores.shape[1:]) for grid in grids])
@@ -162,7 +182,15 @@ class ImagePyramid(nn.Module):
         )
 
     def level_image(self, images: Tensor, level) -> Tensor:
-        """The images (B, 3, H, W) at a level, with the border its windows need: (B, 3, h, w)."""
+        """Resize images to a level and add the border that its windows need.
+
+        Args:
+            images: (B, 3, H, W) in 0..255, in the network's channel order.
+            level: one of `levels`.
+
+        Returns:
+            (B, 3, h, w) float32 in 0..255, channels last in memory.
+        """
         resized = resize(images.float(), level.size, self.network.resizing)
         padding = level_padding(level, self.network.window_size, self.network.size_divisibility)
         padded = F.pad(resized, padding, value=PADDING_VALUE)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from ...checkpoint import StrictCheckpointer
 from ...errors import UserError
-from ...windows.geometry import label_rule
-from ...windows.targets import grid_size, grid_windows, mask_targets, sample_windows, split_cells
+from ...windows.labels import label_rule
+from ...windows.targets import mask_targets, sample_windows
 from ..backbone import trunk_features
 from ..exporting import NotExportable
 from ..image_pyramid.generator import ImagePyramid
+from ..image_pyramid.levels import grid_size, grid_windows, split_cells
 from ..image_pyramid.network import GivenFeatures, WindowGrid, evaluating
 from ..image_pyramid.resizing import resize
 from ..losses import mask_loss, score_loss

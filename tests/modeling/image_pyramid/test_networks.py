@@ -12,6 +12,7 @@ from sharpmask_d2 import add_sharpmask_config
 from sharpmask_d2.modeling.backbone import ResNetTrunk, TimmTrunk, VGGTrunk
 from sharpmask_d2.modeling.blocks import conv_blocks, conv_upsampled, from_blocks, to_blocks
 from sharpmask_d2.modeling.image_pyramid.heads import HEADS, CoarseMask, WindowHead
+from sharpmask_d2.modeling.image_pyramid.levels import cell_windows, pyramid_levels
 from sharpmask_d2.modeling.image_pyramid.network import SharpMaskNetwork
 from sharpmask_d2.modeling.image_pyramid.refinement import (
     MultiscaleRefinement,
@@ -28,7 +29,7 @@ from sharpmask_d2.modeling.layers import (
     use_mirrored_padding,
 )
 from sharpmask_d2.modeling.proposal_generator import ImagePyramid
-from sharpmask_d2.windows.geometry import cell_windows, object_windows, pyramid_levels
+from sharpmask_d2.windows.geometry import object_windows
 from torch import nn
 
 

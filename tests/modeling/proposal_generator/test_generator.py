@@ -16,9 +16,9 @@ from detectron2.modeling.proposal_generator import build_proposal_generator
 from detectron2.structures import BitMasks, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from sharpmask_d2 import model_zoo
+from sharpmask_d2.modeling.image_pyramid.levels import Level, grid_windows, pyramid_levels
 from sharpmask_d2.modeling.proposal_generator import sharpmask as sharpmask_generator
-from sharpmask_d2.windows.geometry import Level, pyramid_levels
-from sharpmask_d2.windows.targets import grid_windows, mask_targets, sample_windows
+from sharpmask_d2.windows.targets import mask_targets, sample_windows
 from torch import nn
 
 RULE = {"positive_shift": 8.0, "positive_octaves": 0.25, "negative_shift": 24.0, "negative_octaves": 2.5}
