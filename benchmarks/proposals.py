@@ -1,4 +1,4 @@
-"""Making the proposals of an image, measured: every model in a process of its own, so that none lives in the memory of another."""
+"""Measures the time and memory of proposals: every model in a process of its own, so that none runs in memory that another left behind."""
 
 import statistics
 from concurrent.futures import ProcessPoolExecutor
@@ -10,7 +10,6 @@ from detectron2.config import CfgNode
 from sharpmask_d2.inference.caching import keep_between_images
 from sharpmask_d2.inference.predictor import ProposalPredictor, load_model, prepare_image
 from sharpmask_d2.inference.preparation import autocast
-from sharpmask_d2.modeling.image_pyramid.refinement import SharpMaskRefinement
 from sharpmask_d2.modeling.layers import fold_batch_norm
 
 from .limits import count_operations
@@ -19,8 +18,8 @@ from .stages import STAGES, StageClock
 
 
 class ProposalRun:
-    """One model, in one dtype, with one number of proposals and one of images in a batch: timed run by run in its own process, which waits
-    in between and warms up at every turn."""
+    """A model in one dtype, for one number of proposals and one batch size. It is timed run by run in a process of its own, which waits
+    between runs and warms up before each."""
 
     def __init__(
         self,
@@ -38,7 +37,7 @@ class ProposalRun:
             name: for the figures.
             cfg: of a network that makes proposals alone, with weights or, where MODEL.WEIGHTS is empty, random ones.
             image: (H, W, 3) uint8, BGR; resized as the config says, which counts as making the pyramid.
-            num_proposals: most proposals, 0: those of the config.
+            num_proposals: maximum number of proposals per image; 0: that of the config.
             dtype, compiled: see `ProposalPredictor`.
             batch_size: how often the image is in a batch.
         """
@@ -64,7 +63,7 @@ class ProposalRun:
         self._process.shutdown()
 
     def figures(self, rates: dict) -> dict:
-        """What all runs but the first, which warms up, have shown; before `close`.
+        """Figures of all runs except for the first, which warms up. To be called before `close`.
 
         Args:
             rates: operations per second, by what reached them (see `best_rates`).
@@ -109,7 +108,7 @@ def summarize(laps: list, batch_size: int, operations: int, rates: dict) -> dict
 
 
 class _Measured:
-    """What a process of a ProposalRun holds: the config, the image, the predictor, and the memory it took when loaded."""
+    """State of the process of a ProposalRun: the config, the image, the predictor, and the memory of the process after loading."""
 
     def __init__(self, cfg: CfgNode, image: np.ndarray, dtype: str, compiled: bool, batch_size: int):
         self.cfg, self.image, self.batch = cfg, image, [image] * batch_size
@@ -127,7 +126,7 @@ def _load(*args) -> None:
 
 
 def _peak() -> float:
-    """Most memory that two batches take beside the loaded model, MB."""
+    """Peak memory that two batches need beside the loaded model, in MB."""
     for _ in range(2):
         _encode(_measured.predictor.of_batch(_measured.batch))
     # Linux counts pages in batches, so that nothing at all can look like less than that.
@@ -144,17 +143,13 @@ def _operations() -> int:
     # The tracer sees neither into a compiled model nor into fused convolutions.
     torch.manual_seed(0)
     plain = fold_batch_norm(load_model(_measured.cfg).eval())
-    for module in plain.modules():
-        if isinstance(module, SharpMaskRefinement):
-            # In blocks it would count products with zeros.
-            module.blocks = 1
     predictor = _measured.predictor
     with autocast(_measured.device, predictor.dtype):
         return count_operations(plain, [prepare_image(_measured.image, predictor.resize, predictor.cfg)])
 
 
 def _lap() -> tuple:
-    """Seconds by stage, and the number of proposals, of a batch right after another: what a process needs to wake up is not counted."""
+    """Seconds by stage, and the number of proposals, of a batch that follows another at once, so that the process is awake."""
     _encode(_measured.predictor.of_batch(_measured.batch))
     with StageClock(_measured.predictor.model) as clock:
         with clock.stage("windows"):

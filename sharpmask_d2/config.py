@@ -149,8 +149,6 @@ def add_sharpmask_config(cfg: CN) -> None:
     _C.REFINEMENT = CN()
     # "none" (DeepMask), "sharpmask", or the baselines "skip" and "multiscale".
     _C.REFINEMENT.NAME = "sharpmask"
-    # "refactored" or "concatenated": the same function (SharpMask, section 3.2), the first computes the skip path once an image.
-    _C.REFINEMENT.FORM = "refactored"
     # Skip features, coarse to fine, each with half the stride of the one before; one refinement module each.
     _C.REFINEMENT.SKIP_FEATURES = ["res4", "res3", "res2", "conv1"]
     # k_m = k_s of the first module.

@@ -1,4 +1,4 @@
-"""Convolutions with mirrored borders, and batch norm merged into convolutions.
+"""Convolutions with mirrored borders or of upsampled maps, and batch norm merged into convolutions.
 
 Shape letters: B batch, C channels, H W height and width.
 """
@@ -10,65 +10,94 @@ import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UserError
 
 
-def mirror_pad(x: Tensor, padding: tuple, *, blocks: int = 1) -> Tensor:
+def mirror_pad(x: Tensor, padding: tuple) -> Tensor:
     """Continue a map beyond its borders by mirroring it, the edge included (cba|abc|cba).
 
-    Its gradient is that of the released code, which takes the border for a constant: what flows into the border is dropped.
+    Its gradient is that of the released code, which treats the border as a constant: what flows into the border is dropped.
 
     Args:
-        x: (B, C, H, W).
-        padding: (left, right, top, bottom) in cells, each at most the side it extends.
-        blocks: if the map is in blocks (see `blocks.to_blocks`), `padding` is one cell on all sides, of which only the pixels next to the
-            map mirror it.
+        x: (B, C, H, W), any floating-point type.
+        padding: (left, right, top, bottom) in cells of the map, each at most the side that it extends.
 
     Returns:
-        (B, C, top + H + bottom, left + W + right).
+        (B, C, top + H + bottom, left + W + right), the type of `x`; `x` itself without padding.
     """
     if not any(padding):
         return x
     if x.requires_grad and torch.is_grad_enabled():
-        return _MirrorPad.apply(x, padding, blocks)
-    return _mirror(x, padding, blocks)
+        return _MirrorPad.apply(x, padding)
+    return _mirror(x, padding)
 
 
-def _mirror(x: Tensor, padding: tuple, blocks: int) -> Tensor:
+def _mirror(x: Tensor, padding: tuple) -> Tensor:
     if max(padding) == 1:
         # On a CPU, autocast would do this in float32.
         with torch.autocast(x.device.type, enabled=False):
-            x = F.pad(x, padding, mode="replicate")
-        return _turn_borders(x, blocks) if blocks > 1 else x
+            return F.pad(x, padding, mode="replicate")
     left, right, top, bottom = padding
     x = torch.cat([x[..., :left].flip(3), x, x[..., x.shape[3] - right :].flip(3)], dim=3)
     return torch.cat([x[:, :, :top].flip(2), x, x[:, :, x.shape[2] - bottom :].flip(2)], dim=2)
 
 
-def _turn_borders(x: Tensor, blocks: int) -> Tensor:
-    """In place: the pixels of the outermost cells that lie next to the map become those of the map that they lie next to."""
-    pixels = x.permute(0, 2, 3, 1).unflatten(3, (blocks, blocks, -1))  # B, H, W, row and column in the block, C
-    pixels[:, :, 0, :, -1] = pixels[:, :, 1, :, 0]
-    pixels[:, :, -1, :, 0] = pixels[:, :, -2, :, -1]
-    pixels[:, 0, :, -1] = pixels[:, 1, :, 0]
-    pixels[:, -1, :, 0] = pixels[:, -2, :, -1]
-    return x
-
-
 class _MirrorPad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, padding: tuple, blocks: int) -> Tensor:
+    def forward(ctx, x: Tensor, padding: tuple) -> Tensor:
         ctx.padding = padding
-        return _mirror(x, padding, blocks)
+        return _mirror(x, padding)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
         left, right, top, bottom = ctx.padding
         height, width = gradient.shape[2:]
-        return gradient[:, :, top : height - bottom, left : width - right], None, None
+        return gradient[:, :, top : height - bottom, left : width - right], None
+
+
+def conv_upsampled(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 3x3 convolution of a map that is made twice as large by nearest neighbours, computed on the small map.
+
+    Along an axis, the three taps of an output fall on two cells of the small map. The four outputs of a cell are therefore one 3x3
+    convolution of the small map with four times the channels, whose weights are sums of those of `conv`: 4/9 of the multiplications are
+    needed, and the large map is not made.
+
+    Args:
+        x: (B, C, H, W).
+        conv: 3x3, stride 1, C to C' channels, with a bias and a border of one cell: of zeros, or mirrored (`MirroredConv2d`).
+
+    Returns:
+        (B, C', 2 H, 2 W), what `conv` makes of the upsampled map, to rounding; channels last in memory.
+    """
+    columns = _taps_of_both_outputs(conv.weight.float())  # C', C, 3 rows, 2 outputs, 3 columns
+    both = _taps_of_both_outputs(
+        columns.movedim(2, -1)
+    )  # C', C, 2 outputs along x, 3 columns, 2 outputs along y, 3 rows
+    # Outputs before the channels, so that what is rearranged below are whole pixels: with pixel_shuffle it takes half as long again.
+    weight = both.permute(4, 2, 0, 1, 5, 3).flatten(0, 2)  # 2 x 2 x C', C, 3, 3
+    mirrored = isinstance(conv, MirroredConv2d)
+    outputs = F.conv2d(
+        mirror_pad(x, conv.border) if mirrored else x,
+        weight.to(x.dtype).contiguous(memory_format=torch.channels_last),
+        conv.bias.repeat(4).to(x.dtype),
+        padding=0 if mirrored else 1,
+    )
+    rows = outputs.permute(0, 2, 3, 1).unflatten(3, (2, -1)).transpose(2, 3)  # B, H, 2, W, 2 x C'
+    return rows.reshape(len(x), 2 * x.shape[2], 2 * x.shape[3], -1).permute(0, 3, 1, 2)
+
+
+def _taps_of_both_outputs(weight: Tensor) -> Tensor:
+    """Weights (*, 3) of three neighbours in the upsampled map as weights (*, 2, 3) of three cells of the small map, for both outputs of the
+    middle cell."""
+    before, centre, after = weight.unbind(-1)
+    none = torch.zeros_like(before)
+    first = torch.stack([before, centre + after, none], dim=-1)
+    second = torch.stack([none, before + centre, after], dim=-1)
+    return torch.stack([first, second], dim=-2)
 
 
 class Successor(nn.Conv2d):
@@ -357,11 +386,7 @@ class _Readers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@torch.no_grad()
 def _merge(conv: nn.Conv2d, norm: nn.Module) -> None:
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    bias = norm.bias - norm.running_mean * scale
-    if conv.bias is not None:
-        bias = bias + conv.bias * scale
-    conv.weight = nn.Parameter(conv.weight * scale[:, None, None, None])
-    conv.bias = nn.Parameter(bias.clone())
+    statistics = norm.running_mean, norm.running_var, norm.eps
+    weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
+    conv.weight, conv.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())

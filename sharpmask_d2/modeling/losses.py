@@ -1,7 +1,7 @@
-"""Losses of windows, and how good their masks are.
+"""Losses of windows, and the IoU of their masks.
 
-Means are over the windows of all processes: what DistributedDataParallel makes of them, the mean over processes, is what one process with
-all windows would have.
+Means are over the windows of all processes: their mean over processes, which DistributedDataParallel computes, equals the loss that a
+single process with all windows would have.
 
 Shape letters: N windows, M mask side.
 """
@@ -18,41 +18,42 @@ def _mean_over(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _share(count: Tensor) -> Tensor:
-    """The sum of a scalar over all processes, at least 1, by their number."""
+    """The sum of a scalar over all processes, at least 1, divided by the number of processes."""
     world = comm.get_world_size()
     if world > 1:
         torch.distributed.all_reduce(count)
     return count.clamp(min=1) / world
 
 
-def mask_loss(logits: Tensor, targets: Tensor, paying: Tensor) -> Tensor:
-    """Binary logistic loss of masks, mean over pixels and over the windows of all processes that pay (DeepMask, section 3.2).
+def mask_loss(logits: Tensor, targets: Tensor, contributes: Tensor) -> Tensor:
+    """Binary logistic loss of masks, mean over pixels and over the contributing windows of all processes (DeepMask, section 3.2).
 
     With y = +-1 this is log(1 + exp(-y f)), the released soft margin loss.
 
     Args:
         logits: (N, M, M).
         targets: (N, M, M) in {0, 1}.
-        paying: (N,) bool.
+        contributes: (N,) bool, the windows that count.
 
     Returns:
-        a scalar, 0 if no window of this process pays.
+        a float32 scalar, 0 if no window of this process contributes.
     """
     losses = binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").mean(dim=(1, 2))
-    return _mean_over(losses, paying)
+    return _mean_over(losses, contributes)
 
 
-def score_loss(logits: Tensor, labels: Tensor, paying: Tensor) -> Tensor:
-    """Binary logistic loss of scores, mean over the windows of all processes that pay.
+def score_loss(logits: Tensor, labels: Tensor, contributes: Tensor) -> Tensor:
+    """Binary logistic loss of scores, mean over the contributing windows of all processes (DeepMask, section 3.2).
 
     Args:
-        logits, labels: (N,), labels in {0, 1}.
-        paying: (N,) bool.
+        logits: (N,).
+        labels: (N,) in {0, 1}.
+        contributes: (N,) bool, the windows that count.
 
     Returns:
-        a scalar, 0 if no window of this process pays.
+        a float32 scalar, 0 if no window of this process contributes.
     """
-    return _mean_over(binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none"), paying)
+    return _mean_over(binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none"), contributes)
 
 
 def quality_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def test_a_refinement_module_is_fused_on_its_skip_path_alone(upsampled):
     from detectron2.layers import ShapeSpec
 
     torch.manual_seed(0)
-    options = {"form": "refactored", "vertical_convs": 2, "horizontal_convs": 3, "upsampling": "nearest"}
+    options = {"vertical_convs": 2, "horizontal_convs": 3, "upsampling": "nearest"}
     module = RefinementModule(ShapeSpec(channels=16, stride=8), 8, 4, **options)
     encoding = torch.randn(3, 8, *([5, 5] if upsampled else [10, 10]))
     feature = torch.randn(3, 16, 10, 10)

@@ -74,7 +74,6 @@ model = L(SharpMaskProposalNetwork)(
                 window_size="${mapper.window_size}",
                 channels=32,
                 schedule="b",
-                form="refactored",
                 vertical_convs=2,
                 horizontal_convs=3,
                 upsampling="nearest",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...windows.geometry import square_windows
-from ..blocks import conv_upsampled
+from ..layers import conv_upsampled
 from .feature_table import FeatureTable
 
 # Sides of the grids on which a window is sampled for its embedding, and of the coarse mask.

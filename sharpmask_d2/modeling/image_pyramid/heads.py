@@ -1,6 +1,6 @@
-"""Heads: from the trunk's features to a score and a vector for every window, and from the vector to DeepMask's coarse mask.
+"""Heads: a score and an embedding for every window from the trunk's features, and DeepMask's coarse mask from the embedding.
 
-A head is a convolution as large as the window, so a patch (one window) and a full image (a grid of them) take the same path.
+A head is a convolution as large as the window, so that a patch (one window) and a full image (a grid of windows) take one path.
 
 Shape letters: B images, C channels of the trunk, h w its grid, K window side in cells of that grid, Y X grid of windows (h - K + 1,
 w - K + 1), F reduced channels, E embedding, N windows, M side of the coarse mask.
@@ -17,15 +17,15 @@ HEADS = ("original", "A", "B", "C")
 class WindowHead(nn.Module):
     """Scores and embeddings of windows (DeepMask, section 3.1; SharpMask, section 3.3).
 
-    The mask path is the same in all: a 1x1 reduction with ReLU, then a linear layer over the window to the embedding. The score path is
+    All variants share the mask path: a 1x1 reduction with ReLU, then a linear layer over the window to the embedding. The score path is
 
-    * `original`: 2x2 max pooling of the trunk's feature, a layer over the window to E units, SCORE_DIM units, the score (DeepMask, where
+    * `original`: 2x2 max pooling of the trunk's feature, a layer over the window to E units, `score_dim` units, the score (DeepMask, where
       F = E = 512);
-    * `A`: a 1x1 reduction to F of its own, 2x2 max pooling, SCORE_DIM units, the score;
-    * `B`: max pooling of the map that the mask path reduced, SCORE_DIM units, the score;
-    * `C`: SCORE_DIM units and the score, from the embedding itself (released).
+    * `A`: a 1x1 reduction of its own to F channels, 2x2 max pooling, `score_dim` units, the score;
+    * `B`: 2x2 max pooling of the map that the mask path reduced, `score_dim` units, the score;
+    * `C`: `score_dim` units and the score, from the embedding itself (as in the released code).
 
-    The paper names A and B but draws them only; what is between the original and C here is our reading of the figure.
+    The paper shows A and B in a figure only; their layers here are this project's reading of it.
     """
 
     def __init__(
@@ -40,15 +40,15 @@ class WindowHead(nn.Module):
     ):
         """
         Args:
-            variant: "original", "A", "B" or "C".
+            variant: of the score path, one of `HEADS`.
             in_channels: C.
-            window_cells: K.
+            window_cells: K, even unless the variant is "C".
             reduced_channels: F.
             embed_dim: E.
             score_dim: hidden units of the score path.
 
         Raises:
-            ValueError: unknown variant, or an odd K where the score path pools.
+            UserError: an unknown variant, or an odd K where the score path pools.
         """
         super().__init__()
         if variant not in HEADS:
@@ -78,10 +78,10 @@ class WindowHead(nn.Module):
     def forward(self, features: Tensor) -> tuple:
         """
         Args:
-            features: (B, C, h, w).
+            features: (B, C, h, w), the trunk's feature.
 
         Returns:
-            score logits (B, Y, X) and embeddings (B, E, Y, X).
+            score logits (B, Y, X) and embeddings (B, E, Y, X), of all windows of the grid.
         """
         reduced = self.reduce(features).relu_()
         embeddings = self.embed(reduced)
@@ -104,21 +104,21 @@ class CoarseMask(nn.Module):
         """
         Args:
             embed_dim: E.
-            mask_size: M.
+            mask_size: M, in cells.
         """
         super().__init__()
         self.mask_size = mask_size
         self.predictor = nn.Linear(embed_dim, mask_size * mask_size)
 
     def horizontal(self, features: dict) -> list:
-        """No skip features: an empty list."""
+        """An empty list, as this mask branch reads no skip features."""
         return []
 
     def forward(self, embeddings: Tensor, skips: list) -> Tensor:
         """
         Args:
             embeddings: (N, E).
-            skips: empty.
+            skips: an empty list.
 
         Returns:
             (N, M, M) mask logits of the windows.

@@ -1,4 +1,4 @@
-"""The network: trunk, head and mask branch; windows of a full image and patches take the same path.
+"""The network of DeepMask and SharpMask: trunk, head and mask branch. Windows of a full image and patches take one path.
 
 Shape letters: B images or patches, H W height and width in pixels, Y X grid of windows, E embedding, N windows, M mask side, P side of a
 patch (window and context).
@@ -23,14 +23,20 @@ from .resizing import RESIZINGS
 
 
 class WindowGrid(NamedTuple):
-    """What is computed once per image: score logits (B, Y, X), embeddings (B, E, Y, X), and the trunk's features by name."""
+    """What the network computes once per image of a level: its score for every window, and what masks of any windows are made from.
+
+    Attributes:
+        scores: (B, Y, X) score logits.
+        embeddings: (B, E, Y, X).
+        features: name -> (B, C, h, w), of the trunk.
+    """
 
     scores: Tensor
     embeddings: Tensor
     features: dict
 
     def of_image(self, number: int) -> "WindowGrid":
-        """That of one image of the batch, B = 1."""
+        """The grid of image `number` of the batch, with B = 1."""
         own = slice(number, number + 1)
         return WindowGrid(self.scores[own], self.embeddings[own], {name: x[own] for name, x in self.features.items()})
 
@@ -55,18 +61,18 @@ class SharpMaskNetwork(nn.Module):
     ):
         """
         Args:
-            trunk: gives `in_feature` and the mask branch's skip features.
+            trunk: backbone that returns `in_feature` and the mask branch's skip features.
             in_feature: name of the feature that the head reads.
-            head: scores and embeddings.
-            mask_branch: `CoarseMask` or a refinement path.
-            window_size: W in pixels.
-            context: pixels of context around a patch, both sides together.
-            pixel_mean, pixel_std: of the input in 0..255, in the network's channel order.
-            resizing: "antialiased" or "released" (see `resizing.resize`); what holds this network resizes its images and masks so.
-            freeze_feedforward: train the refinement path only.
+            head: computes scores and embeddings.
+            mask_branch: `CoarseMask` or one of the classes of `refinement`.
+            window_size: side W of a window in pixels of its level, a multiple of the stride of `in_feature`.
+            context: pixels of context around a patch, both sides together, a multiple of twice that stride.
+            pixel_mean, pixel_std: 3 floats each, of the input in 0..255, in the network's channel order.
+            resizing: "antialiased" (default) or "released" (see `resizing.resize`), for the images and masks of whoever holds this network.
+            freeze_feedforward: train the mask branch only, the second stage of SharpMask's training; default: False.
 
         Raises:
-            ValueError: sizes that do not fit the strides, an unknown resizing, or nothing to train.
+            UserError: sizes that do not fit the strides, an unknown resizing, or nothing to train; the message names the config key.
         """
         super().__init__()
         self.trunk, self.head, self.mask_branch = trunk, head, mask_branch
@@ -124,7 +130,7 @@ class SharpMaskNetwork(nn.Module):
 
     @property
     def size_divisibility(self) -> int:
-        """What the sides of a full image have to be multiples of; 1 if anything goes."""
+        """What the sides of a full image, in pixels, have to be multiples of; 1 if every size works."""
         return max(1, self.trunk.size_divisibility)
 
     def train(self, mode: bool = True):
@@ -136,7 +142,7 @@ class SharpMaskNetwork(nn.Module):
         return self
 
     def normalize(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in 0..255, in the network's channel order, to the trunk's input."""
+        """Images (B, 3, H, W) in 0..255, in the network's channel order, as the trunk reads them: (B, 3, H, W)."""
         mean, std = (_row(x, images.shape[3]) for x in (self.pixel_mean, self.pixel_std))
         return (images - mean).div_(std)
 
@@ -144,13 +150,13 @@ class SharpMaskNetwork(nn.Module):
         """Scores and masks of patches.
 
         Args:
-            patches: (B, 3, P, P) in 0..255, each a window with its context around it.
+            patches: (B, 3, P, P) in 0..255, in the network's channel order, each a window with its context around it.
 
         Returns:
-            score logits (B,) and mask logits (B, M, M).
+            score logits (B,) and mask logits (B, M, M) of the windows, without the context.
 
         Raises:
-            ValueError: patches of another size.
+            UserError: patches of another size.
         """
         side = self.window_size + self.context
         if patches.shape[-2:] != (side, side):
@@ -169,32 +175,43 @@ class SharpMaskNetwork(nn.Module):
         return x[:, :, crop : x.shape[2] - crop, crop : x.shape[3] - crop]
 
     def grid(self, images: Tensor) -> WindowGrid:
-        """Everything of a full image that its windows share, but for the skip path.
+        """Everything that the windows of full images share, except for the skip path.
 
         Args:
-            images: (B, 3, H, W) in 0..255 with borders of half a window (see `windows.level_padding`), sides multiples of
-                `size_divisibility`.
+            images: (B, 3, H, W) in 0..255, in the network's channel order, with borders of half a window (see `levels.level_padding`); the
+                sides are multiples of `size_divisibility`.
 
         Returns:
-            WindowGrid, in which cell (y, x) is the window at pixels [stride y, stride y + W) x [stride x, stride x + W) of `images`.
+            WindowGrid, in which cell (y, x) is the window at pixels [S y, S y + W) x [S x, S x + W) of `images`, with S the network's
+            `stride`.
         """
         return self.grid_from_features(self.trunk(self.normalize(images)))
 
     def grid_from_features(self, features: dict) -> WindowGrid:
-        """The same from features that are there already.
+        """The grid of images whose features are computed elsewhere, such as by a detector's backbone.
 
         Args:
             features: name -> (B, C, h, w), with borders of half a window in cells of the feature.
+
+        Returns:
+            WindowGrid (see `grid`).
         """
         if self.freeze_feedforward:
-            # A detector's own features learn from nothing here either.
+            # No gradient reaches a detector's features either.
             features = {name: x.detach() for name, x in features.items()}
         scores, embeddings = self.head(features[self.in_feature])
         return WindowGrid(scores, embeddings, features)
 
     @torch.no_grad()
     def rescore(self, grid: WindowGrid) -> WindowGrid:
-        """A grid made in training with the scores of evaluation, which know no dropout."""
+        """A grid that was computed in training, with scores as in evaluation, without dropout.
+
+        Args:
+            grid: from `grid`.
+
+        Returns:
+            WindowGrid, of which only `scores` differ.
+        """
         if not self.head.training:
             return grid
         with evaluating(self.head):
@@ -205,8 +222,8 @@ class SharpMaskNetwork(nn.Module):
 
         Args:
             grid: from `grid`.
-            images, ys, xs: (N,) image, row and column of each window.
-            windows_per_batch: how many windows are refined at a time.
+            images, ys, xs: (N,) int64, number of the image, row and column of each window.
+            windows_per_batch: number of windows that are refined at a time, which bounds the memory.
 
         Returns:
             (N, M, M) mask logits.
@@ -219,7 +236,7 @@ class SharpMaskNetwork(nn.Module):
     def mask_batches(
         self, grid: WindowGrid, images: Tensor, ys: Tensor, xs: Tensor, *, windows_per_batch: int
     ) -> Iterator[Tensor]:
-        """The same batch by batch: see `masks`."""
+        """Iterate over the masks of chosen windows in batches (n, M, M), n <= `windows_per_batch`. Arguments: see `masks`."""
         cuts = [
             _window_view(skip, self.window_size // stride, self.stride // stride, grid.scores.shape[1:])
             for stride, skip in zip(self.mask_branch.skip_strides, self.mask_branch.horizontal(grid.features))
@@ -231,12 +248,12 @@ class SharpMaskNetwork(nn.Module):
 
 
 class GivenFeatures(Backbone):
-    """In the place of a trunk: declares features that something else computes (see `SharpMaskNetwork.grid_from_features`)."""
+    """Takes the place of a trunk where features are computed elsewhere, and declares them (see `SharpMaskNetwork.grid_from_features`)."""
 
     def __init__(self, shapes: dict):
         """
         Args:
-            shapes: name -> ShapeSpec.
+            shapes: name -> ShapeSpec of the features.
         """
         super().__init__()
         self._shapes = dict(shapes)
@@ -250,7 +267,7 @@ class GivenFeatures(Backbone):
 
 @contextmanager
 def evaluating(module: nn.Module):
-    """A context in which the module is in evaluation mode."""
+    """A context in which `module` is in evaluation mode; afterwards it is in the mode that it was in before."""
     training = module.training
     module.eval()
     try:
@@ -260,22 +277,30 @@ def evaluating(module: nn.Module):
 
 
 def _row(x: Tensor, width: int) -> Tensor:
-    """(C, 1, 1) to (C, 1, width), channels last in memory: in that layout, loops over three channels alone are slow."""
+    """(C, 1, 1) to (C, 1, width), channels last in memory: in this layout, loops over nothing but three channels are slow."""
     return x.expand(-1, 1, width).permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def _window_view(x: Tensor, size: int, step: int, grid_size: tuple) -> Tensor:
-    """(B, C, h, w) -> a view (B, Y, X, size, size, C): the part of the map under every window, whose rows lie together in memory."""
+    """(B, C, h, w) as a view (B, Y, X, size, size, C): the part of the map under every window, whose rows are contiguous in memory."""
     short = [max(0, step * (cells - 1) + size - side) for cells, side in zip(grid_size, x.shape[2:])]
     if any(short):
-        # The coarse grid covers up to a stride more than the image has; that part is border, and empty as in the released code.
+        # The coarse grid covers up to a stride more than the image has; that part is border, and zero as in the released code.
         x = F.pad(x, (0, short[1], 0, short[0]))
     windows = x.unfold(2, size, step).unfold(3, size, step)  # B, C, Y, X, size, size
     return windows.permute(0, 2, 3, 4, 5, 1)
 
 
 def check_window_size(window_size: int, context: int, stride: int) -> None:
-    """Raises ValueError unless windows and context are made of whole cells of the grid."""
+    """Check that windows and context consist of whole cells of the grid.
+
+    Args:
+        window_size, context: in pixels of the level.
+        stride: of the grid, in pixels of the level.
+
+    Raises:
+        UserError: they do not; the message names the config key.
+    """
     if window_size % stride:
         raise UserError(
             f"MODEL.SHARPMASK.WINDOW_SIZE is {window_size}: it must be a multiple of the stride of IN_FEATURE, {stride}"
@@ -304,7 +329,6 @@ def _build_mask_branch(sharpmask, shapes: dict) -> nn.Module:
             **common,
             channels=refinement.CHANNELS,
             schedule=refinement.SCHEDULE,
-            form=refinement.FORM,
             vertical_convs=refinement.VERTICAL_CONVS,
             horizontal_convs=refinement.HORIZONTAL_CONVS,
             upsampling=refinement.UPSAMPLING,

@@ -1,6 +1,6 @@
-"""Resizing of images and masks: pixels as areas, or corner on corner as in the released code.
+"""Resizing of images and masks, with antialiasing or as in the released code.
 
-Shape letters: B batch, C channels, H W height and width, h w those asked for.
+Shape letters: B batch, C channels, H W height and width of the input, h w of the output.
 """
 
 from torch import Tensor
@@ -13,13 +13,13 @@ def resize(x: Tensor, size: tuple, resizing: str) -> Tensor:
     """Resize images or maps bilinearly.
 
     Args:
-        x: (B, C, H, W).
-        size: (h, w).
-        resizing: "antialiased": pixels are areas, and where the result is smaller all of them count; or "released": corner pixels stay in
-            the corners, and each result pixel is made of its four neighbours alone (nnx.SpatialReSamplingEx).
+        x: (B, C, H, W) floating point.
+        size: (h, w) in pixels.
+        resizing: "antialiased": pixels are areas, and an output that is smaller averages all of them; or "released": the centres of the
+            corner pixels coincide, and each output pixel is interpolated from its four neighbours only (nnx.SpatialReSamplingEx).
 
     Returns:
-        (B, C, h, w).
+        (B, C, h, w); `x` itself if it has that size.
     """
     if tuple(x.shape[2:]) == tuple(size):
         return x

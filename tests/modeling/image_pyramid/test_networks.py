@@ -10,7 +10,6 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
 from sharpmask_d2 import add_sharpmask_config
 from sharpmask_d2.modeling.backbone import ResNetTrunk, TimmTrunk, VGGTrunk
-from sharpmask_d2.modeling.blocks import conv_blocks, conv_upsampled, from_blocks, to_blocks
 from sharpmask_d2.modeling.image_pyramid.heads import HEADS, CoarseMask, WindowHead
 from sharpmask_d2.modeling.image_pyramid.levels import cell_windows, pyramid_levels
 from sharpmask_d2.modeling.image_pyramid.network import SharpMaskNetwork
@@ -18,12 +17,12 @@ from sharpmask_d2.modeling.image_pyramid.refinement import (
     MultiscaleRefinement,
     SharpMaskRefinement,
     SkipRefinement,
-    concatenate,
     module_channels,
 )
 from sharpmask_d2.modeling.layers import (
     EvenSameConv2d,
     MirroredConv2d,
+    conv_upsampled,
     fold_batch_norm,
     mirror_pad,
     use_mirrored_padding,
@@ -349,38 +348,56 @@ _FEATURES = {
 }
 
 
-def _refinement(form="refactored", schedule="b", vertical=2, horizontal=3, upsampling="nearest"):
+def _refinement(schedule="b", vertical=2, horizontal=3, upsampling="nearest"):
     return SharpMaskRefinement(
         features=_FEATURES,
         embed_dim=10,
         window_size=64,
         channels=8,
         schedule=schedule,
-        form=form,
         vertical_convs=vertical,
         horizontal_convs=horizontal,
         upsampling=upsampling,
     )
 
 
+def paper_module(step, encoding: torch.Tensor, feature: torch.Tensor, upsampling: str) -> torch.Tensor:
+    """R(M, F) of the paper's figure 2, literally: both paths to k channels, one convolution of their concatenation, ReLU, upsampling.
+
+    Its weights are those of a refactored module: the last convolutions of both paths side by side, and the sum of their biases.
+    """
+    mask_path, skip_path = list(step.vertical), list(step.horizontal)
+    for layer in mask_path[:-1]:
+        encoding = layer(encoding)
+    for layer in skip_path[:-1]:
+        feature = layer(feature)
+    weight = torch.cat([mask_path[-1].weight, skip_path[-1].weight], dim=1)
+    both = F.pad(torch.cat([encoding, feature], dim=1), (1, 1, 1, 1), mode="replicate")
+    merged = F.conv2d(both, weight, mask_path[-1].bias + skip_path[-1].bias).relu()
+    return upsample(merged, upsampling)
+
+
+def upsample(x: torch.Tensor, mode: str) -> torch.Tensor:
+    return F.interpolate(x, scale_factor=2, mode=mode, **({"align_corners": False} if mode == "bilinear" else {}))
+
+
 @pytest.mark.parametrize("schedule", ["a", "b"])
-@pytest.mark.parametrize(("vertical", "horizontal", "upsampling"), [(2, 3, "nearest"), (1, 2, "bilinear")])
-def test_refactored_and_concatenated_forms_are_the_same_function(schedule, vertical, horizontal, upsampling):
+@pytest.mark.parametrize(("vertical", "horizontal"), [(2, 3), (1, 2)])
+@pytest.mark.parametrize("upsampling", ["nearest", "bilinear"])
+def test_refinement_is_the_chain_of_the_paper_s_modules(schedule, vertical, horizontal, upsampling):
     torch.manual_seed(0)
-    options = {"schedule": schedule, "vertical": vertical, "horizontal": horizontal, "upsampling": upsampling}
-    refactored, concatenated = _refinement(**options), _refinement("concatenated", **options)
-    concatenated.start.load_state_dict(refactored.start.state_dict())
-    concatenated.to_mask.load_state_dict(refactored.to_mask.state_dict())
-    for one, other in zip(refactored.steps, concatenated.steps):
-        concatenate(one, other)
+    branch = _refinement(schedule, vertical, horizontal, upsampling)
     features = {name: torch.randn(3, f.channels, 64 // f.stride, 64 // f.stride) for name, f in _FEATURES.items()}
     embeddings = torch.randn(3, 10)
     with torch.no_grad():
-        a = refactored(embeddings, refactored.horizontal(features))
-        b = concatenated(embeddings, concatenated.horizontal(features))
-    assert a.shape == (3, 32, 32)
-    assert a.std() > 0
-    assert (a - b).abs().max() <= 1e-4
+        found = branch(embeddings, branch.horizontal(features))
+        encoding = branch.start(embeddings).view(3, 8, 4, 4)
+        for step, feature in zip(branch.steps, features.values()):
+            encoding = paper_module(step, encoding, feature, upsampling)
+        expected = branch.to_mask(encoding)[:, 0]
+    assert found.shape == (3, 32, 32)
+    assert expected.std() > 0
+    assert (found - expected).abs().max() <= 1e-4
 
 
 def test_schedules():
@@ -446,7 +463,6 @@ def _toy_network(refinement: bool, skips: tuple = ("s16", "s8", "s4", "s2")) -> 
             window_size=64,
             channels=16,
             schedule="b",
-            form="refactored",
             vertical_convs=2,
             horizontal_convs=3,
             upsampling="nearest",
@@ -637,51 +653,16 @@ def test_use_mirrored_padding_returns_the_module():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mirrored", [False, True])
-@pytest.mark.parametrize(("blocks", "upsampled"), [(1, False), (1, True), (2, False), (2, True), (3, False), (4, True)])
-def test_a_convolution_in_blocks_is_that_of_the_map(dtype, mirrored, blocks, upsampled):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_upsampling_convolution_is_that_of_the_large_map(dtype, mirrored, layout):
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 2, 3, padding=1).to(dtype)
-    x = torch.randn(2, 3, 2 * blocks, blocks, dtype=dtype, requires_grad=True)
+    x = torch.randn(2, 3, 4, 5, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
     conv = MirroredConv2d(conv) if mirrored else conv
-    expected = conv(F.interpolate(x, scale_factor=2, mode="nearest") if upsampled else x)
-    found = conv_blocks(to_blocks(x, blocks), conv, blocks=blocks, upsampled=upsampled)
-    found = from_blocks(found, 2 * blocks if upsampled else blocks)
+    expected, found = conv(upsample(x, "nearest")), conv_upsampled(x, conv)
+    assert found.is_contiguous(memory_format=torch.channels_last)
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
-    if (blocks, upsampled) == (1, True):
-        assert torch.equal(conv_upsampled(x, conv), found)
     gradients = [torch.autograd.grad((y.float() ** 2).sum(), [x, *conv.parameters()]) for y in (expected, found)]
     for slow, fast in zip(*gradients):
         torch.testing.assert_close(fast, slow, atol=tolerance * slow.abs().max().item(), rtol=tolerance)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_maps_that_are_no_whole_blocks_end_with_zeros(layout):
-    x = torch.randn(2, 3, 5, 8).contiguous(memory_format=layout)
-    found = to_blocks(x, 3)
-    assert found.shape == (2, 27, 2, 3)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(from_blocks(found, 3), F.pad(x, (0, 1, 0, 1)))
-    # The second cell of the first row: its pixel in row 2, column 0 is that at (2, 3) of the map.
-    torch.testing.assert_close(found[:, 2 * 9 : 2 * 9 + 3, 0, 1], x[:, :, 2, 3])
-
-
-def test_refinement_is_the_same_in_blocks_and_without():
-    features = {"a": ShapeSpec(channels=8, stride=8), "b": ShapeSpec(channels=6, stride=4)}
-    options = {"features": features, "embed_dim": 5, "window_size": 32, "channels": 8, "schedule": "b"}
-    options |= {"vertical_convs": 2, "horizontal_convs": 3, "upsampling": "nearest"}
-    torch.manual_seed(0)
-    blocked, plain = (SharpMaskRefinement(**options, form=form).eval() for form in ("refactored", "concatenated"))
-    plain.load_state_dict(blocked.state_dict(), strict=False)
-    for ours, theirs in zip(blocked.steps, plain.steps):
-        concatenate(ours, theirs)
-    assert (blocked.blocks, blocked.skip_strides) == (2, [8, 8])
-    assert (plain.blocks, plain.skip_strides) == (1, [8, 4])
-    embeddings = torch.randn(3, 5)
-    maps = {"a": torch.randn(3, 8, 4, 4), "b": torch.randn(3, 6, 8, 8)}
-    with torch.no_grad():
-        found, expected = (net(embeddings, net.horizontal(maps)) for net in (blocked, plain))
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-        blocked.blocks = 1
-        torch.testing.assert_close(blocked(embeddings, blocked.horizontal(maps)), expected, atol=1e-5, rtol=1e-4)
-    assert found.shape == (3, 16, 16)
