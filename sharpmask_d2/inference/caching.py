@@ -1,4 +1,4 @@
-"""What the process keeps for its next image, and how much of it."""
+"""Memory and kernels that the process keeps from one image to the next, and their limit."""
 
 import ctypes
 import os
@@ -6,10 +6,10 @@ from pathlib import Path
 
 # Of mallopt in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-# Of different sizes; oneDNN keeps 1024 of its own accord, and an image pyramid has some sixty convolutions on each of its levels.
+# oneDNN keeps 1024 kernels by default; an image pyramid has some sixty convolutions on each of its levels, each of a size of its own.
 _CONVOLUTIONS = 8192
-# More than any packaged or published model takes for an image of 480x640 pixels, in bytes.
-_MOST_KEPT = 3 << 29
+# In bytes, more than any packaged or published model needs for an image of 480x640 pixels.
+_LIMIT = 3 << 29
 
 # Where Linux says how many pages of the process are in memory.
 _PAGES = Path("/proc/self/statm")
@@ -26,7 +26,7 @@ class _KeptMemory:
         self.limit, self.floor = limit, _resident()
 
     def bound(self) -> None:
-        # What is in use grows, too, by what the user holds and by oneDNN's kernels: it is found out by giving back all else.
+        # Memory in use grows, too, by what the user holds and by oneDNN's kernels; it is what is left after all free memory is returned.
         if self.limit is not None and _resident() > self.floor + self.limit:
             ctypes.CDLL(None).malloc_trim(0)
             self.floor = _resident()
@@ -35,33 +35,33 @@ class _KeptMemory:
 _kept = _KeptMemory()
 
 
-def keep_between_images(most: int = _MOST_KEPT) -> bool:
-    """Let the process keep freed memory and oneDNN's kernels, from now on; to be called before the first convolution.
+def keep_between_images(limit: int = _LIMIT) -> bool:
+    """Let the process keep freed memory and oneDNN's kernels from now on. It has to be called before the first convolution.
 
-    An image takes and frees tensors of many megabytes. Left alone, glibc hands each back to the system, which takes time to give out the
-    same memory anew and empty; and oneDNN writes a convolution's code again when it has forgotten the size (docs/performance.md). The
-    environment variable ONEDNN_PRIMITIVE_CACHE_CAPACITY stays as it is where it is set.
+    Every image allocates and frees tensors of many megabytes. By default, glibc returns each of them to the system, which then takes time
+    to provide the same memory again, zeroed; and oneDNN generates a convolution's code again when it has evicted the kernel of that size
+    (docs/performance.md). The environment variable ONEDNN_PRIMITIVE_CACHE_CAPACITY is respected where it is set.
 
     Args:
-        most: bytes of freed memory that are kept, as `bound_kept_memory` sees to it.
+        limit: bytes of freed memory that the process may keep, enforced by `bound_kept_memory`; default: 1.5 GiB.
 
     Returns:
-        whether the C library knows how to keep memory; where it does not, it goes on as before.
+        whether the C library can keep memory. Where it cannot, memory is handled as before.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_CONVOLUTIONS))
     # Windows has no library of the process itself.
     library = ctypes.CDLL(None) if os.name == "posix" else None
-    # Without malloc_trim, what images of many sizes leave behind would grow without end.
+    # Without malloc_trim, the memory that images of many sizes leave behind would grow without a limit.
     if not (hasattr(library, "mallopt") and hasattr(library, "malloc_trim") and _PAGES.exists()):
         return False
-    _kept.start(most)
+    _kept.start(limit)
     return all(library.mallopt(*setting) for setting in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)))
 
 
 def bound_kept_memory() -> None:
-    """Give freed memory back to the system where it is more than `keep_between_images` may keep; predictors call this after their images.
+    """Return freed memory to the system if it exceeds the limit of `keep_between_images`; predictors call this after their images.
 
-    Images of many sizes leave gaps of many sizes, few of which the next image fills.
+    Images of many sizes leave free blocks of many sizes, few of which fit the next image.
     """
     _kept.bound()
 

@@ -1,11 +1,15 @@
-"""Convolutions that apply the activation after them, and add a shortcut, before their output leaves the cache; and linear layers by oneDNN.
+"""Kernels of oneDNN for inference on a CPU: convolutions that apply the activation after them and add a shortcut before their output leaves
+the cache, and linear layers.
 
-By the operators that torch.compile emits for oneDNN; for inference on a CPU.
+They are the private operators that torch.compile emits. This is the only module that calls them, and `can_fuse` tries them first: where one
+is missing or computes something else, models run on plain layers. Training and export never come here.
 
 Shape letters: B batch, C channels, H W height and width, F features.
 """
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Optional
 
 import torch
@@ -15,25 +19,93 @@ from torch import Tensor, nn
 
 from ..modeling.layers import EvenSameConv2d, MergedNorm, MirroredConv2d, Successor, mirror_pad
 
+logger = logging.getLogger(__name__)
 
+# Largest difference to plain layers, as a share of their largest output; both round differently.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+@cache
 def can_fuse(dtype: torch.dtype) -> bool:
-    """Whether this build of torch and this processor have these operators in `dtype`."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
-        return False
-    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether the operators of this module run on this machine in `dtype` and compute what plain layers compute.
+
+    Each runs once in a process, on a small input. Where one fails, a line of the log says which and why.
+
+    Args:
+        dtype: torch.float32 or torch.bfloat16.
+    """
+    # Whoever asks may be in a context of autocast already.
+    with torch.autocast("cpu", enabled=False):
+        reason = _why_not(dtype)
+    if reason:
+        logger.warning(f"plain layers are used on the CPU in {dtype}, as oneDNN's kernels cannot be: {reason}")
+    return not reason
+
+
+@torch.no_grad()
+def _why_not(dtype: torch.dtype) -> str:
+    """Why the operators cannot be used; empty if they can."""
+    if not torch.backends.mkldnn.is_available():
+        return "torch was built without oneDNN"
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this processor has no bfloat16"
+    for name, fused, plain in _probes(dtype):
+        try:
+            found = fused()
+        # What a missing operator or one with other arguments raises, and what a kernel raises that the processor does not have.
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+            return f"{name}: {error}".splitlines()[0]
+        expected = plain()
+        off = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+        if not off <= _TOLERANCE[dtype]:
+            return f"{name} is off by {float(off):.2g} of its largest output"
+    return ""
+
+
+def _probes(dtype: torch.dtype) -> list:
+    """(name, fused, plain): functions without arguments that compute the same by the operators and by plain layers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x, shortcut = (torch.randn(2, 16, 7, 9).to(dtype) for _ in range(2))
+        convs = {
+            "a convolution": nn.Conv2d(16, 16, 3, padding=1),
+            "a depthwise convolution": nn.Conv2d(16, 16, 3, padding=1, groups=16),
+        }
+        linears = {bias: nn.Linear(9, 5, bias=bias).to(dtype) for bias in (True, False)}
+    probes = []
+    for kind, conv in convs.items():
+        conv = conv.to(dtype)
+        for activation in (nn.ReLU(), nn.ReLU6()):
+            fused = FusedConv2d(conv, activation)
+            name = f"{kind} with {type(activation).__name__}"
+            probes.append((name, lambda f=fused: f(x), lambda c=conv, a=activation: a(c(x))))
+    conv, relu = convs["a convolution"], nn.ReLU()
+    probes.append(
+        (
+            "a convolution with a shortcut",
+            lambda: FusedConv2d(conv, relu)(x, plus=shortcut.clone()),
+            lambda: relu(conv(x) + shortcut),
+        )
+    )
+    for bias, linear in linears.items():
+        name = f"a linear layer {'with' if bias else 'without'} bias"
+        probes.append((name, lambda m=linear: FusedLinear(m)(x), lambda m=linear: m(x)))
+    return probes
 
 
 def fuse_layers(module: nn.Module, *, leave: Sequence = ()) -> nn.Module:
-    """Let, in place, every convolution below `module` that is known to be followed by a ReLU or ReLU6 apply it, and oneDNN compute linear
-    layers: the same function, without gradients.
+    """Replace, in place, layers below `module` by fused ones: the same function, without gradients.
 
-    Known are those that hold it as `activation` (Detectron2), those in an nn.Sequential, those whose batch norm was merged into them
-    (`layers.fold_batch_norm`) and Detectron2's bottlenecks. Call it where `can_fuse`, on the CPU, after batch norms are merged. Returns
-    `module`.
+    Replaced are linear layers, and convolutions that are known to be followed by a ReLU or ReLU6: those that hold it as `activation`
+    (Detectron2), those in an nn.Sequential, those whose batch norm was merged into them (`layers.fold_batch_norm`) and those of
+    Detectron2's bottlenecks. Call it where `can_fuse`, on the CPU, after batch norms are merged.
 
     Args:
-        module: anything.
-        leave: modules whose layers stay as they are.
+        module: in evaluation, on the CPU.
+        leave: modules whose layers stay as they are; default: none.
+
+    Returns:
+        `module`.
     """
     previous, previous_name = None, ""
     in_order = type(module) is nn.Sequential
@@ -59,7 +131,7 @@ def fuse_layers(module: nn.Module, *, leave: Sequence = ()) -> nn.Module:
 
 
 def _is_known(conv) -> bool:
-    """A convolution that is what its class says, without a norm."""
+    """Whether it is a convolution of a class that is known, with padding in numbers and without a norm."""
     return (
         type(conv) in (nn.Conv2d, Conv2d, MirroredConv2d, EvenSameConv2d)
         and conv.padding_mode == "zeros"
@@ -109,8 +181,11 @@ class FusedConv2d(Successor):
     def forward(self, x: Tensor, plus: Optional[Tensor] = None) -> Tensor:
         """
         Args:
-            x: (B, C, H, W).
-            plus: (B, C', H', W'), added before the activation and overwritten by the result.
+            x: (B, C, H, W), any floating-point type; it is cast to that of the weights.
+            plus: (B, C', H', W'), added before the activation and overwritten by the result; default: nothing is added.
+
+        Returns:
+            (B, C', H', W'), the type of the weights.
         """
         # To the dtype that autocast would give the convolution, and to the layout in which a sum is fused.
         x, plus = (t if t is None else t.to(self.weight.dtype, memory_format=torch.channels_last) for t in (x, plus))

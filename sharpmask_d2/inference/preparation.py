@@ -1,4 +1,4 @@
-"""A trained model made ready to run."""
+"""Prepares a trained model for inference: batch norms merged, weights cast once, fused kernels where they work."""
 
 from contextlib import nullcontext
 
@@ -14,23 +14,23 @@ DTYPES = ("float32", "bfloat16")
 
 
 def prepare_for_inference(model: nn.Module, dtype: str = "float32", *, compiled: bool = False) -> nn.Module:
-    """Change a model in place into one that computes the same in evaluation, faster: see `autocast` for how it is then called.
+    """Change a model in place into one that computes the same in evaluation, faster. It is then called in the context of `autocast`.
 
     Batch norms are merged into convolutions. For "bfloat16" the weights that autocast would cast for every image are cast once. On a CPU
-    convolutions apply the ReLU after them and oneDNN computes linear layers (`fused.fuse_layers`), so that the model stays there. It has
-    no gradients.
+    whose kernels pass their probe (`fused.can_fuse`), convolutions apply the ReLU after them and oneDNN computes linear layers; the model
+    then has to stay on the CPU. The model has no gradients afterwards.
 
     Args:
-        model: with its weights.
-        dtype: "float32" or "bfloat16".
-        compiled: compile the trunk, or the backbone, for images of one size: when it first runs, which on a CPU takes a C++ compiler and
-            a minute. Further sizes are compiled, too, until torch has enough of them (torch._dynamo.config.recompile_limit).
+        model: any model of this package or of Detectron2, with its weights.
+        dtype: "float32" (default) or "bfloat16".
+        compiled: compile the trunk, or the backbone, for images of one size: when it first runs, which on a CPU needs a C++ compiler and
+            about a minute. Further sizes are compiled, too, up to torch._dynamo.config.recompile_limit. Default: False.
 
     Returns:
         `model`, in evaluation mode.
 
     Raises:
-        ValueError: another dtype.
+        UserError: another dtype.
     """
     _check(dtype)
     model = fold_batch_norm(model.eval()).requires_grad_(False)
@@ -40,7 +40,7 @@ def prepare_for_inference(model: nn.Module, dtype: str = "float32", *, compiled:
                 module.to(torch.bfloat16)
     backbones = _backbones(model) if compiled else []
     if next(model.parameters()).device.type == "cpu" and can_fuse(getattr(torch, dtype)):
-        # The compiler does it itself, in what it sees.
+        # In compiled backbones the compiler fuses layers itself.
         fuse_layers(model, leave=backbones)
     for backbone in backbones:
         backbone.forward = torch.compile(backbone.forward, dynamic=False, options={"freezing": True})
@@ -54,10 +54,14 @@ def _backbones(model: nn.Module) -> list:
 
 
 def autocast(device: torch.device, dtype: str):
-    """The context in which a model prepared for `dtype` is called on `device`.
+    """The context in which a model that was prepared for `dtype` is called.
+
+    Args:
+        device: on which the model is.
+        dtype: "float32" or "bfloat16", as given to `prepare_for_inference`.
 
     Raises:
-        ValueError: another dtype than those of `prepare_for_inference`.
+        UserError: another dtype.
     """
     _check(dtype)
     return torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()

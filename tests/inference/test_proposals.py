@@ -353,7 +353,7 @@ def test_unknown_dtypes_are_answered_with_those_there_are(tiny_cfg):
 def test_freed_memory_is_kept(keep):
     program = f"""
 import re, torch
-from sharpmask_d2.caching import keep_between_images
+from sharpmask_d2.inference.caching import keep_between_images
 assert not {keep} or keep_between_images()
 resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
 before = resident()
@@ -368,7 +368,7 @@ print(resident() - before)
 def test_no_more_freed_memory_is_kept_than_asked_for():
     program = """
 import re, torch
-from sharpmask_d2.caching import bound_kept_memory, keep_between_images
+from sharpmask_d2.inference.caching import bound_kept_memory, keep_between_images
 resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
 keep_between_images(100 << 20)
 before = resident()
