@@ -1,6 +1,6 @@
-"""From images with objects to batches of patches.
+"""Cuts training patches and their targets out of images with objects.
 
-Shape letters: G objects, P patches of an image, S side of a patch (window and context), M side of a target mask.
+Shape letters: H W image, G objects, P patches of an image, S side of a patch (window and context) in pixels, M side of a target mask.
 """
 
 import cv2
@@ -14,14 +14,14 @@ from .images import ImageError, read_image
 from .objects import ImageObjects, cut_region, large_enough, read_objects, render_mask
 from .window_sampling import WindowSampler
 
-# Value outside the image: 0.5 of 1, as in the released code.
+# Pixel value outside of the image, half of 255, as in the released code.
 PADDING_VALUE = 127.5
 
 
 class PatchMapper:
     """Reads an image once and cuts several patches out of it, with their targets.
 
-    A call is a pure function of the dataset dict and the random generator, which makes a training repeatable.
+    A call is a pure function of the dataset dict and of the random generator, so that trainings are repeatable.
     """
 
     @configurable
@@ -42,15 +42,17 @@ class PatchMapper:
     ):
         """
         Args:
-            sampler: chooses the windows.
-            window_size, context: in pixels of the patch.
+            sampler: chooses the windows and their labels.
+            window_size: side of the window in pixels of the patch.
+            context: pixels of context around the window, both sides together.
             mask_size: M.
             patches_per_image: P.
             image_format: channel order of the patches, "RGB" or "BGR".
-            flip: mirror half of the patches.
-            min_area, min_side: see `objects.read_objects`.
-            category_weights: category_id -> weight of each of its objects; 1 for those not listed.
-            color_jitter: strength of random brightness, contrast and saturation.
+            flip: whether half of the patches, at random, are mirrored left to right.
+            min_area, min_side: size of the smallest targets in pixels of the image, see `objects.read_objects`.
+            category_weights: category_id -> weight of each of its objects in the choice of targets; 1 for categories not listed.
+            color_jitter: strength of random brightness, contrast and saturation: factors are drawn from 1 - color_jitter to
+                1 + color_jitter; default: 0, none, as in the released code.
         """
         self.sampler = sampler
         self.window_size, self.context, self.mask_size = window_size, context, mask_size
@@ -90,7 +92,7 @@ class PatchMapper:
         }
 
     def weights(self, objects: ImageObjects) -> np.ndarray:
-        """How often each of G objects is chosen, up to a factor: (G,), zero for those that are no targets."""
+        """How often each object is chosen, up to a common factor: (G,) float64, zero for objects that are no targets."""
         weights = np.array([self.category_weights.get(int(c), 1.0) for c in objects.categories], dtype=np.float64)
         return weights * objects.targets
 
@@ -101,15 +103,15 @@ class PatchMapper:
     def __call__(self, dataset_dict: dict, rng) -> dict:
         """
         Args:
-            dataset_dict: Detectron2's format, see `objects.read_objects`.
+            dataset_dict: an image of a dataset in Detectron2's format, see `objects.read_objects`.
             rng: numpy.random.Generator.
 
         Returns:
-            file_name and image_id, and what `cut` returns.
+            dict of `file_name`, `image_id` and what `cut` returns.
 
         Raises:
             OSError: the image cannot be read; the message names the file.
-            ValueError: a broken annotation or an image of another size than the dataset says.
+            UserError: a broken annotation, or an image of another size than the dataset says.
         """
         name = dataset_dict["file_name"]
         try:
@@ -134,8 +136,8 @@ class PatchMapper:
             rng: numpy.random.Generator.
 
         Returns:
-            patches (P, 3, S, S) uint8; masks (P, M, M) uint8 in {0, 1}, zero for negatives; labels (P,) int64; pays_mask and pays_score
-            (P,) bool.
+            dict of patches (P, 3, S, S) uint8; masks (P, M, M) uint8 in {0, 1}, zero for negatives; labels (P,) int64; pays_mask and
+            pays_score (P,) bool: whether the patch contributes to the mask loss and to the score loss.
         """
         size = self.window_size + self.context
         if self.color_jitter:
@@ -166,14 +168,18 @@ class PatchMapper:
         }
 
     def cut_instances(self, image: torch.Tensor, instances, rng) -> dict:
-        """Like `cut`, for what Detectron2's own mapper delivers.
+        """Cut patches out of an image that Detectron2's own mapper has read.
 
         Args:
-            image: (3, H, W), 0..255.
-            instances: with gt_boxes, gt_classes and gt_masks (polygons or bitmaps).
+            image: (3, H, W) in 0..255.
+            instances: Instances in the frame of the image, with gt_boxes, gt_classes and gt_masks (polygons or bitmaps).
+            rng: numpy.random.Generator.
+
+        Returns:
+            see `cut`.
 
         Raises:
-            ValueError: the instances have no masks.
+            UserError: the instances have no masks.
         """
         # Without any object, Detectron2's mapper leaves the field out.
         if len(instances) and not instances.has("gt_masks"):
@@ -197,7 +203,11 @@ class PatchMapper:
 
 
 def _jitter_colors(image: np.ndarray, strength: float, rng) -> np.ndarray:
-    """Random saturation, contrast and brightness, each a factor 1 +- strength."""
+    """Random saturation, contrast and brightness, each by a factor from 1 - strength to 1 + strength.
+
+    Detectron2's transforms do this in three passes in floating point, which takes nearly three times as long, and draw from numpy's global
+    generator instead of `rng`.
+    """
     saturation, contrast, brightness = rng.uniform(1 - strength, 1 + strength, 3)
     grey = image.mean(axis=2, dtype=np.float32)
     mean = float(grey.mean())

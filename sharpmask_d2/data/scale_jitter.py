@@ -1,7 +1,4 @@
-"""Large-scale jitter for training on full images: resize at random, then cut a square that may reach beyond the image.
-
-Shape letters: H W image.
-"""
+"""Large-scale jitter for training on full images: resize at random, then cut a square that may extend beyond the image."""
 
 import numpy as np
 import torch
@@ -16,19 +13,22 @@ from .mixing import MixingSampler, epoch_counts, load_datasets
 from .patch_mapper import PADDING_VALUE
 from .resumable import ResumableLoader, build_resumable_train_loader
 
-# Cuts that are drawn of an image, at most, until one has an object.
+# Maximum number of cuts drawn per image until one has an object.
 _TRIES = 20
 
 
 class CutTransform(Transform):
-    """A rectangle of an image, which may lie partly outside: what is outside is filled. Polygons are moved, not clipped."""
+    """A rectangle cut out of an image that may lie partly outside of it. Polygons are moved, not clipped.
+
+    Detectron2's crop followed by its padding does this to images, but clips polygons and needs the library shapely to do so.
+    """
 
     def __init__(self, x0: int, y0: int, width: int, height: int, fill: float):
         """
         Args:
-            x0, y0: left upper corner in pixels of the image.
-            width, height: in pixels.
-            fill: value outside of the image.
+            x0, y0: left upper corner of the rectangle in pixels of the image; may be negative.
+            width, height: of the rectangle in pixels.
+            fill: value of pixels outside of the image; segmentations have 0 there.
         """
         super().__init__()
         self._set_attributes(locals())
@@ -51,13 +51,17 @@ class CutTransform(Transform):
 
 
 class RandomCut(T.Augmentation):
-    """A square of fixed size anywhere in the image; an image that is smaller lies anywhere in the square."""
+    """A square of fixed size at a random place in the image; an image that is smaller lies at a random place in the square.
+
+    Detectron2's FixedSizeCrop draws one number for both axes, so that its crops lie on a diagonal of the image, and it puts smaller images
+    into the upper left corner.
+    """
 
     def __init__(self, side: int, fill: float = PADDING_VALUE):
         """
         Args:
-            side: in pixels.
-            fill: value outside of the image.
+            side: of the square in pixels.
+            fill: value of pixels outside of the image; default: 127.5, as in the released code.
         """
         super().__init__()
         self._init(locals())
@@ -68,7 +72,14 @@ class RandomCut(T.Augmentation):
 
 
 def build_jitter_augmentations(cfg) -> list:
-    """The augmentations of INPUT.SCALE_JITTER, a horizontal flip as INPUT.RANDOM_FLIP has it among them."""
+    """Detectron2 augmentations for training on full images: resizing, `RandomCut`, flip and colours.
+
+    Args:
+        cfg: a config, of which INPUT.SCALE_JITTER and INPUT.RANDOM_FLIP ("horizontal" or none) are read.
+
+    Returns:
+        list of augmentations in the order in which they are applied.
+    """
     jitter = cfg.INPUT.SCALE_JITTER
     augmentations = [
         T.ResizeScale(jitter.MIN_SCALE, jitter.MAX_SCALE, jitter.SIDE, jitter.SIDE),
@@ -83,14 +94,20 @@ def build_jitter_augmentations(cfg) -> list:
 
 
 class JitterMapper(DatasetMapper):
-    """Detectron2's mapper for images without objects, on which that fails, and for datasets whose annotations are not exhaustive.
+    """Detectron2's DatasetMapper, which also takes images without objects and datasets whose annotations are not exhaustive.
 
-    Where annotations are not exhaustive, `instances` has a field `gt_exhaustive`, False for every object. A cut out of such an image
-    teaches something only around objects, so it is drawn anew until it has one, a limited number of times.
+    Where annotations are not exhaustive, `instances` has a field `gt_exhaustive`, False for every object. Of such an image only the
+    surroundings of objects can be used for training, so the cut is drawn again, up to a limit, until it has an object.
     """
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """See Detectron2's DatasetMapper."""
+        """
+        Args:
+            dataset_dict: in Detectron2's format; `exhaustive` (default: True) says whether every object is annotated.
+
+        Returns:
+            `image` (3, H, W) uint8 and `instances`, as Detectron2's DatasetMapper returns them.
+        """
         if dataset_dict.get("exhaustive", True):
             return super().__call__(dataset_dict)
         for _ in range(_TRIES):
@@ -109,7 +126,16 @@ class JitterMapper(DatasetMapper):
 
 
 def build_jitter_train_loader(cfg) -> ResumableLoader:
-    """A training loader of full images with the augmentations of INPUT.SCALE_JITTER; boxes are those of what remains of the masks."""
+    """Build the training loader of full images with the augmentations of INPUT.SCALE_JITTER.
+
+    Boxes are the tight boxes of the masks that remain in the cut.
+
+    Args:
+        cfg: a config, of which INPUT, DATASETS, DATALOADER, SOLVER.IMS_PER_BATCH, MODEL.MASK_ON and SEED are read.
+
+    Raises:
+        UserError: DATASETS.MAX_SHARES names a dataset that DATASETS.TRAIN does not have.
+    """
     mapper = JitterMapper(
         is_train=True,
         augmentations=build_jitter_augmentations(cfg),

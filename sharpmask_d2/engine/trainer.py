@@ -1,4 +1,4 @@
-"""Training and evaluation in Detectron2's manner."""
+"""The trainer: data loaders, optimizer, mixed precision, exact resuming and evaluation on top of Detectron2's DefaultTrainer."""
 
 import logging
 import weakref
@@ -10,7 +10,7 @@ from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators, inference_on_dataset, print_csv_format
 from detectron2.modeling import ROI_HEADS_REGISTRY
-from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 from torch import nn
@@ -63,7 +63,7 @@ def makes_proposals(cfg) -> bool:
 
 
 class _DepthwiseInFloat32(TorchFunctionMode):
-    """Inside, depthwise convolutions that learn are not cast by autocast: on a CPU their gradients are slow in bfloat16."""
+    """A context in which autocast does not cast depthwise convolutions that are trained: on a CPU their gradients are slow in bfloat16."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -108,8 +108,8 @@ class _PatchPrinter(EventWriter):
 class Trainer(DefaultTrainer):
     """Detectron2's DefaultTrainer, with what this package's models need.
 
-    With SEED >= 0, a run that is resumed from a checkpoint goes on as if it had not been interrupted. It stops where it diverges, before
-    a checkpoint with numbers that are not finite is written.
+    With SEED >= 0, a run that resumes from a checkpoint computes what an uninterrupted run computes. A run that diverges stops before a
+    checkpoint with numbers that are not finite is written.
     """
 
     def __init__(self, cfg):
@@ -191,7 +191,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
-        """Evaluate a model as it fits it.
+        """Evaluate a model in the way that fits its architecture.
 
         The stand-alone network: its patches and the average recall of its proposals, as MODEL.SHARPMASK.TEST asks for. A detector: COCO's
         AP; and, where it makes its own proposals, their average recall, too (unless MODEL.SHARPMASK.TEST.FULL_IMAGES is off).
@@ -199,7 +199,7 @@ class Trainer(DefaultTrainer):
         Args:
             cfg: reads DATASETS.TEST.
             model: with its weights.
-            evaluators: instead of all this, as Detectron2's `test` has it.
+            evaluators: used instead of all this, as in Detectron2's `test`; default: None.
 
         Returns:
             dict of results; with several datasets, one such dict for each name. Of the stand-alone network: patches, segm and bbox; of a
@@ -256,11 +256,12 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
     """SGD or AdamW with a learning rate of its own for the trunk or backbone.
 
     Args:
-        cfg: reads SOLVER, with SOLVER.OPTIMIZER and SOLVER.TRUNK_MULTIPLIER.
+        cfg: a config; of SOLVER it reads OPTIMIZER, TRUNK_MULTIPLIER, BASE_LR, MOMENTUM, NESTEROV, BIAS_LR_FACTOR, the three WEIGHT_DECAY
+            keys and CLIP_GRADIENTS.
         model: parameters below a module named `trunk` or `backbone` (of a detector, a feature pyramid included) get the factor.
 
     Raises:
-        ValueError: an optimizer that is neither.
+        UserError: an optimizer that is neither.
     """
     solver = cfg.SOLVER
     params = optimizer_params(
@@ -290,30 +291,39 @@ def optimizer_params(
     weight_decay_norm: float = 0.0,
     weight_decay_bias: Optional[float] = None,
 ) -> list:
-    """Parameter groups for an optimizer.
+    """Parameter groups for an optimizer: those of Detectron2's `get_default_optimizer_params`, and a factor for the trunk.
 
     Args:
-        model: its trainable parameters; those below a module named `trunk` or `backbone` have learning rate `base_lr` *
+        model: whose trainable parameters are grouped. Those below a module named `trunk` or `backbone` have the learning rate `base_lr` *
             `trunk_multiplier`.
-        base_lr: of everything else.
-        trunk_multiplier, bias_lr_factor: factors on it.
-        weight_decay, weight_decay_norm, weight_decay_bias: of weights, norms and biases; None is that of what they belong to.
+        base_lr: learning rate of all other parameters.
+        trunk_multiplier: factor on the learning rate of the trunk; default: 1.
+        bias_lr_factor: factor on the learning rate of biases; default: 1.
+        weight_decay: of all parameters but norms and biases; default: 0.
+        weight_decay_norm: of the parameters of norms; default: 0.
+        weight_decay_bias: of biases; default: None, that of the layer that they belong to.
 
     Returns:
         list of dicts with params, lr and weight_decay.
     """
-    groups = {}
-    norms = tuple(value for name, value in vars(nn).items() if name.endswith("Norm") or name.startswith("BatchNorm"))
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                continue
-            in_trunk = not {"trunk", "backbone"}.isdisjoint(module_name.split("."))
-            lr = base_lr * (trunk_multiplier if in_trunk else 1.0)
-            decay = weight_decay_norm if isinstance(module, norms) else weight_decay
-            if name == "bias":
-                lr *= bias_lr_factor
-                # Newer Detectron2 leaves it None, meaning that of the weights.
-                decay = decay if weight_decay_bias is None else weight_decay_bias
-            groups.setdefault((lr, decay), []).append(parameter)
-    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=base_lr,
+        weight_decay=weight_decay,
+        weight_decay_norm=weight_decay_norm,
+        bias_lr_factor=bias_lr_factor,
+        weight_decay_bias=weight_decay_bias,
+    )
+    if trunk_multiplier == 1:
+        return groups
+    trunk = {
+        parameter
+        for name, parameter in model.named_parameters()
+        if not {"trunk", "backbone"}.isdisjoint(name.split("."))
+    }
+    split = [
+        {**group, "lr": group["lr"] * factor, "params": [p for p in group["params"] if (p in trunk) == in_trunk]}
+        for in_trunk, factor in ((True, trunk_multiplier), (False, 1.0))
+        for group in groups
+    ]
+    return [group for group in split if group["params"]]
