@@ -1,4 +1,4 @@
-"""What a forward pass, a training step and the evaluation of proposals cost, and the least it could cost on the machine."""
+"""Time and memory of a forward pass, a training step and the evaluation of proposals, and their lower limits on the machine."""
 
 from .detector import time_detector
 from .drawing import draw_boxes, draw_image, draw_objects, draw_proposals

@@ -1,4 +1,4 @@
-"""Speed and memory, of proposals of full images and their evaluation, of training and cutting its patches, and of detectors.
+"""Measures speed and memory of proposals, of their evaluation, of training, of cutting training patches, and of detectors.
 
     python -m benchmarks proposals --model sharpmask_bifpn_lite0 --config-file configs/sharpmask_R_50.yaml --dtype float32 bfloat16
     python -m benchmarks growth --model sharpmask_bifpn_lite0 --model sharpmask_lite0 --dtype bfloat16 --plot growth.png
@@ -7,14 +7,14 @@
     python -m benchmarks sampler --annotations train.json --image-root images --config-file configs/deepmask_lite0.yaml
     python -m benchmarks detector --config-file configs/detection/multipath_lite0.yaml
 
-`proposals` and `training` measure everything they are given in turn, A B A B, so that what else the machine does meets all alike;
-`proposals` has each model in a process of its own, and resizes images as its config says. Beside each they print its limit:
-floating-point operations, counted by fvcore, over the best rate that a large matrix product or 3x3 convolution reaches; a training step
-has three times those of its forward pass, or less where layers are frozen. `growth` shows how seconds per image grow with the image's
-area, the scales of an image pyramid, the number of proposals and that of images in a batch.
+`proposals` and `training` interleave everything that they measure, A B A B, so that other work on the machine affects all of it;
+`proposals` runs each model in a process of its own and resizes images as its config says. For each they print its lower limit:
+floating-point operations, counted by fvcore, divided by the best rate that a large matrix product or 3x3 convolution reaches. A training
+step has three times the operations of its forward pass, or fewer where layers are frozen. `growth` shows how seconds per image grow with
+the area of the image, the scales of an image pyramid, the number of proposals and the batch size.
 
-It all runs on a GPU where there is one, unless MODEL.DEVICE says otherwise: append MODEL.DEVICE cpu. Set OMP_NUM_THREADS for the
-number of threads; `sampler` uses one process and one thread, which is what a worker has.
+All commands run on a GPU where there is one; append MODEL.DEVICE cpu for the CPU. Set OMP_NUM_THREADS for the number of threads; `sampler`
+uses one process and one thread, as a worker does.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A detector's images and training steps, measured."""
+"""Measures the time and memory of a detector, for an image and for a training step."""
 
 import statistics
 from typing import Optional
@@ -25,7 +25,7 @@ def time_detector(
         weights: checkpoint; without it, random weights, whatever the config says.
         image_size: (height, width) in pixels.
         num_proposals: precomputed ones at test, if the detector reads them; None: as the config says.
-        dtype: see `modeling.inference.autocast`.
+        dtype: see `inference.preparation.autocast`.
         repeat: timed runs, after one that is not.
     """
     model = Trainer.build_model(cfg)

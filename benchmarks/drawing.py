@@ -1,4 +1,4 @@
-"""What is measured with: the same for the same arguments, on any machine.
+"""Draws the inputs of measurements, which depend on the arguments alone.
 
 Shape letters: H W image, G objects, N boxes.
 """

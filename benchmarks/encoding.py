@@ -1,4 +1,4 @@
-"""Encoding the masks of proposals and comparing them with objects, measured."""
+"""Measures the time of encoding masks of proposals and of comparing them with objects."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""How seconds per image grow: with the image's area, the scales of an image pyramid, the proposals and the images in a batch."""
+"""Measures how seconds per image grow with the image's area, the scales of an image pyramid, the proposals and the images in a batch."""
 
 import statistics
 from pathlib import Path
@@ -23,7 +23,7 @@ def measure_growth(cfg: CfgNode, *, dtype: str, repeat: int) -> dict:
 
     Args:
         cfg: of the model.
-        dtype: see `modeling.inference.prepare_for_inference`.
+        dtype: see `inference.preparation.prepare_for_inference`.
         repeat: timed runs, after one that is not.
 
     Returns:

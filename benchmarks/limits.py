@@ -1,4 +1,4 @@
-"""The least time an amount of arithmetic takes: operations counted by fvcore, over the best rate that is seen on the machine."""
+"""The least time that a computation can take: its operations, counted by fvcore, divided by the best rate measured on the machine."""
 
 import logging
 import time

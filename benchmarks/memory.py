@@ -1,4 +1,4 @@
-"""The most memory that something took."""
+"""Peak memory."""
 
 import re
 import resource
@@ -10,7 +10,7 @@ import torch
 
 
 def peak_megabytes(device: torch.device) -> float:
-    """The most memory so far: of the process, or on a GPU what torch has allocated there."""
+    """Peak memory so far, in MB: of the process, or on a GPU of what torch has allocated there."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
@@ -22,7 +22,7 @@ def peak_megabytes(device: torch.device) -> float:
 
 
 def forget_peak(device: torch.device) -> None:
-    """From now on, count from what is in use, not from what loading needed for a moment; on a CPU, Linux only."""
+    """Restart the peak from the memory in use, without what loading needed for a moment; on a CPU, on Linux only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

@@ -1,4 +1,4 @@
-"""Cutting patches, measured: what one worker of a data loader does."""
+"""Measures how fast one worker of a data loader cuts patches."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Seconds of the stages of making proposals."""
+"""Measures the seconds that each stage of proposal generation takes."""
 
 import time
 from collections import defaultdict
@@ -10,15 +10,15 @@ from sharpmask_d2.modeling.image_pyramid import generator as image_pyramid
 from sharpmask_d2.modeling.meta_arch import SegmentProposalNetwork
 from sharpmask_d2.modeling.proposal_generator import sharpmask_fpn
 
-# In the order in which they run; what none of them has is "windows": the best ones are chosen, and cut out of the features.
+# In the order in which they run. "windows" is all other time: choosing windows and cutting them out of the features.
 STAGES = ("pyramid", "trunk", "score", "horizontal", "refinement", "boxes", "windows")
 
 
 class StageClock:
-    """Measures a model that makes proposals of full images, without a line of timing in it.
+    """Measures a model that generates proposals of full images, without timing code in the model.
 
-    Inside `with clock:` the methods that make up a stage are replaced by ones that take the time. A stage inside another one counts for
-    itself alone. On a GPU every stage ends with a synchronisation, so that the sum is a little more than an unmeasured run takes.
+    Inside `with clock:` the methods that make up a stage are replaced by timed ones. Time of a stage inside another one counts for the
+    inner one only. On a GPU every stage ends with a synchronisation, so that the sum is a little more than an unmeasured run takes.
     """
 
     def __init__(self, model):

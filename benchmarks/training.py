@@ -1,4 +1,4 @@
-"""Training steps, measured."""
+"""Measures the time of training steps."""
 
 import statistics
 
@@ -27,14 +27,14 @@ def training_step(model: nn.Module, optimizer, batch: list, dtype: str) -> float
 
 
 class TrainingRun:
-    """One config, in one dtype: a training step timed run by run, on the same batch."""
+    """A config in one dtype, whose training step on one batch is timed run by run."""
 
     def __init__(self, name: str, cfg: CfgNode, dtype: str, image_size: tuple):
         """
         Args:
             name: for the figures.
             cfg: of a model that makes proposals alone.
-            dtype: see `modeling.inference.autocast`.
+            dtype: see `inference.preparation.autocast`.
             image_size: (height, width) of the drawn images.
         """
         self.name, self.dtype = name, dtype
@@ -45,7 +45,7 @@ class TrainingRun:
         self.batch = [{"image": image, "instances": objects} for _ in range(cfg.SOLVER.IMS_PER_BATCH)]
         self.patches = 0
         if mapper := getattr(self.model, "mapper", None):
-            # Cut before: it is the loader's work.
+            # Cut here, as cutting patches is the loader's work.
             self.batch = [
                 mapper.cut_instances(image, objects, np.random.default_rng(i)) for i in range(len(self.batch))
             ]
@@ -59,7 +59,7 @@ class TrainingRun:
         self.laps.append(training_step(self.model, self.optimizer, self.batch, self.dtype))
 
     def figures(self, rates: dict) -> dict:
-        """What all runs but the first, which warms up, have shown.
+        """Figures of all runs except for the first, which warms up.
 
         Args:
             rates: operations per second, by what reached them (see `best_rates`).

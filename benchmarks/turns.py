@@ -1,4 +1,4 @@
-"""Measurements in turn, A B A B, so that what else the machine does meets all alike."""
+"""Interleaved measurements, A B A B, so that other work on the machine affects all of them."""
 
 import time
 
@@ -30,7 +30,7 @@ def in_turn(runs: list, dtypes: list, *, device: torch.device, repeat: int) -> d
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, when all that was asked of the device is done."""
+    """The time in seconds, once the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -7,6 +7,7 @@ import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 import json
 import runpy
 import sys
+import time
 
 import cv2
 import pytest
@@ -108,14 +109,17 @@ def test_operations_of_packaged_models_are_counted(name):
     assert 1e8 < counted[0] < counted[1] < 9 * counted[0]
 
 
-def test_rates_are_of_the_work_done(monkeypatch):
-    from benchmarks import limits
-
-    monkeypatch.setitem(limits._MATRIX_SIDE, "cpu", 64)
-    monkeypatch.setitem(limits._CONV, "cpu", {"batch": 1, "channels": 8, "side": 16})
-    monkeypatch.setattr(limits, "_fastest", lambda work, device, repeat: (work(), 0.5)[1])
-    rates = best_rates(torch.device("cpu"), torch.float32)
-    assert rates == {"matrix product": 2 * 64**3 / 0.5, "3x3 convolution": 2 * 9 * 8 * 8 * 16 * 16 / 0.5}
+def test_rates_are_those_of_a_product_that_is_timed_here():
+    rates = best_rates(torch.device("cpu"), torch.float32, repeat=1)
+    assert rates.keys() == {"matrix product", "3x3 convolution"}
+    a = torch.randn(1024, 1024)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - started)
+    # Within what other work on the machine takes away.
+    assert all(0.02 < rate * min(seconds) / (2 * 1024**3) < 50 for rate in rates.values())
 
 
 def test_the_tool_measures_models_in_turn(tiny_cfg, tmp_path, monkeypatch, capsys):
@@ -123,7 +127,7 @@ def test_the_tool_measures_models_in_turn(tiny_cfg, tmp_path, monkeypatch, capsy
     config.write_text(tiny_cfg.dump())
     arguments = ["--config-file", config, "--dtype", "bfloat16", "--num-proposals", "5", "9", "--batch-size", "1", "2"]
     arguments += ["--image-size", "64", "96", "--repeat", "2", "--output", output]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "proposals", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "proposals", *map(str, arguments)])
     runpy.run_module("benchmarks", run_name="__main__")
     assert "| tiny    | bfloat16 |" in capsys.readouterr().out
     figures = json.loads(output.read_text())
@@ -149,7 +153,7 @@ def test_batches_are_measured_by_the_image():
 
 
 def test_a_detector_is_told_where_it_belongs(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "proposals", "--model", "multipath_bifpn_lite0"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "proposals", "--model", "multipath_bifpn_lite0"])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_module("benchmarks", run_name="__main__")
     assert "['multipath_bifpn_lite0'] make no proposals alone" in capsys.readouterr().err
@@ -157,7 +161,7 @@ def test_a_detector_is_told_where_it_belongs(monkeypatch, capsys):
 
 def run_tool(monkeypatch, tmp_path, *arguments) -> dict:
     output = tmp_path / "figures.json"
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments), "--output", str(output), "--repeat", "1"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *map(str, arguments), "--output", str(output), "--repeat", "1"])
     runpy.run_module("benchmarks", run_name="__main__")
     return json.loads(output.read_text())
 
