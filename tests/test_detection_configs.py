@@ -8,11 +8,11 @@ import pickle
 
 import pytest
 import torch
-from conftest import ROOT
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
+from drawing import ROOT
 from sharpmask_d2 import add_sharpmask_config
 from sharpmask_d2.engine.trainer import reads_proposal_masks
 from sharpmask_d2.modeling.backbone import VGGTrunk

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from drawing import ROOT
 from sharpmask_d2.checkpoint import read_checkpoint
 from sharpmask_d2.errors import UserError
 from sharpmask_d2.inference.propose import build_config

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from drawing import ROOT
 from PIL import Image
 from sharpmask_d2.cli.command import run, set_threads
 from sharpmask_d2.errors import UserError

@@ -10,8 +10,8 @@ import logging
 
 import numpy as np
 import pytest
-from conftest import draw_dataset, uncompressed_rle
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from drawing import draw_dataset, uncompressed_rle
 from pycocotools import mask as mask_util
 from sharpmask_d2.data import coco, register_datasets
 from sharpmask_d2.data.coco import AnnotationError, load_annotations, load_images

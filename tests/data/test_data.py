@@ -13,10 +13,10 @@ import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
 import torch
-from conftest import draw_polygon, polygon_mask
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode, Instances
+from drawing import draw_polygon, polygon_mask
 from PIL import Image
 from sharpmask_d2.data import PatchMapper, WindowSampler, build_patch_test_loader, register_datasets
 from sharpmask_d2.data.loader import PatchBatches, build_patch_train_loader, category_weights

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import EXIF_ORIENTATION
 from detectron2.data import detection_utils
+from drawing import EXIF_ORIENTATION
 from PIL import Image
 from sharpmask_d2.data.images import ImageError, read_image, to_pixels
 from sharpmask_d2.inference.predictor import ProposalPredictor

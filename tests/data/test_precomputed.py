@@ -29,6 +29,8 @@ from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from drawing import ROOT, compressed_rle
+from precomputed import SIZE, draw_proposals, to_detector
 from pycocotools import mask as mask_util
 from sharpmask_d2.data import ProposalMapper, load_proposal_masks, register_datasets
 from sharpmask_d2.data.proposal_mapper import get_proposal_dicts, sample_masks
@@ -37,31 +39,7 @@ from sharpmask_d2.evaluation import WithGeneratedProposals, evaluate_proposal_fi
 from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json
 from sharpmask_d2.io.proposal_files import write_pickle
 
-ROOT = Path(__file__).resolve().parents[2]
 NAME = "precomputed"
-SIZE = (120, 160)
-
-
-def encode(mask: np.ndarray) -> dict:
-    """A bitmap as a segmentation of a result."""
-    rle = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
-
-
-def draw_proposals(masks: list, rng, *, count: int = 12) -> list:
-    """Results for an image: its objects and discs somewhere, in no order; two have the same score."""
-    masks = list(masks)
-    while len(masks) < count:
-        disc = np.zeros(SIZE, np.uint8)
-        centre = [int(rng.integers(20, side - 20)) for side in SIZE[::-1]]
-        masks.append(cv2.ellipse(disc, centre, rng.integers(5, 30, 2).tolist(), 30, 0, 360, 1, -1) > 0)
-    scores = rng.permutation(np.linspace(0.1, 0.9, len(masks)))
-    scores[1] = scores[0]
-    rles = [encode(mask) for mask in masks]
-    return [
-        {"bbox": mask_util.toBbox(rle).tolist(), "score": float(score), "segmentation": rle}
-        for rle, score in zip(rles, scores)
-    ]
 
 
 @pytest.fixture
@@ -90,30 +68,6 @@ def pickled(entries, tmp_path):
     path = tmp_path / "proposals.pkl"
     write_pickle(entries, str(path), masks=True)
     return str(path)
-
-
-def to_detector(cfg, roi_heads: str = "StandardROIHeads"):
-    """A small Fast R-CNN from the tiny config, in place."""
-    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
-    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
-    cfg.MODEL.RESNETS.DEPTH = 50 if "Res5" in roi_heads else 18
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if "Res5" not in roi_heads else 32
-    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 16
-    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 8
-    cfg.MODEL.ROI_HEADS.NAME = roi_heads
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
-    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["res4"]
-    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
-    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
-    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
-    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
-    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
-    cfg.SOLVER.BASE_LR = 0.0001
-    cfg.SOLVER.WARMUP_ITERS = 0
-    cfg.SOLVER.STEPS = ()
-    cfg.SOLVER.MAX_ITER = 2
-    return cfg
 
 
 def with_proposals(cfg, path: str):
@@ -258,7 +212,7 @@ def test_sampled_masks_are_the_masks():
             masks.append(cv2.fillPoly(np.zeros((480, 640), np.uint8), [polygon.round().astype(np.int32)], 1))
     # At the borders, and everywhere.
     large += [np.pad(np.ones((100, 50), np.uint8), ((0, 380), (590, 0))), np.ones((480, 640), np.uint8)]
-    pasted = sample_masks([encode(mask) for mask in small + large], (480, 640)).paste().numpy()
+    pasted = sample_masks([compressed_rle(mask) for mask in small + large], (480, 640)).paste().numpy()
     ious = [_iou(mask > 0, back) for mask, back in zip(small + large, pasted)]
     assert np.mean(ious[: len(small)]) > 0.97
     assert min(ious[: len(small)]) > 0.9
@@ -268,7 +222,7 @@ def test_sampled_masks_are_the_masks():
 
 def test_no_masks_and_empty_masks_can_be_sampled():
     assert sample_masks([], SIZE).paste().shape == (0, *SIZE)
-    assert not sample_masks([encode(np.zeros(SIZE, bool))], SIZE).paste().any()
+    assert not sample_masks([compressed_rle(np.zeros(SIZE, bool))], SIZE).paste().any()
 
 
 def _resized(mask: np.ndarray, size: tuple, flip: bool) -> np.ndarray:
@@ -478,7 +432,7 @@ class _Fixed(torch.nn.Module):
 
 def test_perfect_proposals_have_perfect_recall_at_any_size_of_the_input(online_cfg, drawn):
     model = Trainer.build_model(online_cfg).eval()
-    model.proposal_generator = _Fixed([[encode(mask) for mask in masks] for masks in drawn[1].values()], 2.0)
+    model.proposal_generator = _Fixed([[compressed_rle(mask) for mask in masks] for masks in drawn[1].values()], 2.0)
     results = Trainer.test(online_cfg, model)
     assert results["proposal_segm"]["Recall@10-IoU80"] == 100
     assert results["proposal_bbox"]["Recall@10-IoU80"] == 100

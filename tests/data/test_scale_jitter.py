@@ -10,10 +10,10 @@ import json
 import cv2
 import numpy as np
 import pytest
-from conftest import draw_dataset, draw_polygon, polygon_mask
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.utils.env import seed_all_rng
+from drawing import draw_dataset, draw_polygon, polygon_mask
 from PIL import Image
 from sharpmask_d2.data import register_datasets
 from sharpmask_d2.data.scale_jitter import (

@@ -5,8 +5,8 @@ import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 # isort: split
 
 import pytest
-from conftest import ROOT
 from detectron2.config import get_cfg
+from drawing import ROOT
 from sharpmask_d2 import add_sharpmask_config
 from sharpmask_d2.data import register_datasets
 from sharpmask_d2.engine.trainer import Trainer

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import draw_example
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from drawing import draw_example
 from torch import distributed, nn
 
 OBJECTS = [[(8, 8, 40, 36), (50, 20, 84, 60), (10, 44, 30, 62)], [(30, 10, 60, 50)]]

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import to_small_detector
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import hooks
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
+from drawing import to_small_detector
 from sharpmask_d2.checkpoint import SafeCheckpointer, StrictCheckpointer
 from sharpmask_d2.data import build_resumable_train_loader, register_datasets
 from sharpmask_d2.engine.trainer import Trainer

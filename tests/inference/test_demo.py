@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import to_small_detector, write_with_weights
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
+from drawing import to_small_detector, write_with_weights
 from pycocotools import mask as mask_util
 from sharpmask_d2 import model_zoo
 from sharpmask_d2.data import register_datasets

@@ -12,11 +12,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import to_small_detector, write_with_weights
 from detectron2.data.build import load_proposals_into_dataset
 from detectron2.modeling import build_model
 from detectron2.modeling.proposal_generator import build_proposal_generator
 from detectron2.structures import BoxMode, ImageList, Instances
+from drawing import to_small_detector, write_with_weights
 from pycocotools import mask as mask_util
 from sharpmask_d2 import model_zoo
 from sharpmask_d2.errors import UserError

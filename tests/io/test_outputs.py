@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from detectron2.structures import Boxes, Instances
+from drawing import ROOT, write_with_weights
 from PIL import Image
 from sharpmask_d2.checkpoint import save_packed
 from sharpmask_d2.evaluation.proposal_evaluation import write_json
@@ -113,7 +113,10 @@ def full_disk(monkeypatch):
 
 def run_tool(monkeypatch, name, *arguments) -> None:
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+    if name.endswith(".py"):
+        runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+    else:
+        runpy.run_module(name, run_name="__main__")
 
 
 # ------------------------------------------------------------------ refused before the work
@@ -214,8 +217,8 @@ def test_the_demo_does_not_write_into_its_input_folder(photos, monkeypatch):
         ("evaluate_proposals.py", ["--annotations", "a.json", "--proposals", "b.json", "--output", "."]),
         ("selective_search.py", ["--annotations", "a.json", "--image-root", ".", "--output", "a.json"]),
         ("convert_proposals.py", ["--input", "b.json", "--annotations", "a.json", "--output", "a.json"]),
-        ("benchmark.py", ["growth", "--config-file", "a.yaml", "--plot", "a.yaml"]),
-        ("benchmark.py", ["evaluation", "--output", "."]),
+        ("benchmarks", ["growth", "--config-file", "a.yaml", "--plot", "a.yaml"]),
+        ("benchmarks", ["evaluation", "--output", "."]),
     ],
 )
 def test_tools_refuse_before_any_work(tmp_path, monkeypatch, capsys, tool, arguments):
@@ -358,8 +361,8 @@ import sys, time, types
 from pathlib import Path
 # Without what the package imports when it starts.
 sys.modules["sharpmask_d2"] = types.ModuleType("sharpmask_d2")
-sys.modules["sharpmask_d2"].__path__ = [{str(Path(outputs.__file__).parent)!r}]
-from sharpmask_d2.outputs import open_locked
+sys.modules["sharpmask_d2"].__path__ = [{str(Path(outputs.__file__).parents[1])!r}]
+from sharpmask_d2.io.outputs import open_locked
 file = open_locked(Path({str(tmp_path / "a")!r}))
 print("locked", flush=True)
 time.sleep(600)
@@ -429,8 +432,6 @@ def test_running_out_of_memory_and_ctrl_c_end_the_run(photos, tmp_path, kind):
 
 
 def test_long_thin_images_do_not_end_the_run(tiny_cfg, tmp_path):
-    from conftest import write_with_weights
-
     tiny_cfg.INPUT.MIN_SIZE_TEST, tiny_cfg.INPUT.MAX_SIZE_TEST = 60, 80
     tiny_cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 3
     config = write_with_weights(tiny_cfg, tmp_path)

@@ -6,11 +6,11 @@ import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
 import pytest
 import torch
-from conftest import to_small_detector
 from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.analysis import FlopCountAnalysis
+from drawing import to_small_detector
 from test_feature_pyramid import detector_cfg, with_fpn
 
 INPUTS = [{"image": torch.zeros(3, 64, 96)}]

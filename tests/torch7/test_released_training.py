@@ -18,10 +18,10 @@ import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from drawing import ROOT
 from sharpmask_d2 import add_sharpmask_config
 from sharpmask_d2.torch7.conversion import convert_content
 from sharpmask_d2.torch7.reader import parse_torch7

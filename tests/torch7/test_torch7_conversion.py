@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from drawing import ROOT
 from sharpmask_d2 import add_sharpmask_config
 from sharpmask_d2.inference.predictor import ProposalPredictor
 from sharpmask_d2.torch7.conversion import ConversionError, convert_content, convert_torch7, save_torch7_model

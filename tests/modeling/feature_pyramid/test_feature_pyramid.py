@@ -10,13 +10,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import draw_example, gradient
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.proposal_generator import build_proposal_generator
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks, pairwise_iou
 from detectron2.utils.events import EventStorage
+from drawing import draw_example, gradient
 from sharpmask_d2.modeling.backbone.detector import TrunkAndPyramid
 from sharpmask_d2.modeling.feature_pyramid.feature_table import FeatureTable
 from sharpmask_d2.modeling.feature_pyramid.grid import spread

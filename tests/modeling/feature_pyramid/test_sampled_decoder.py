@@ -8,9 +8,9 @@ import math
 
 import pytest
 import torch
-from conftest import draw_example
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from drawing import draw_example
 from sharpmask_d2.modeling.feature_pyramid.decoder import SampledDecoder, jittered_windows
 from sharpmask_d2.modeling.feature_pyramid.feature_table import FeatureTable
 from sharpmask_d2.modeling.feature_pyramid.labels import enlarged

@@ -7,7 +7,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import draw_example, gradient, to_small_detector
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
@@ -15,6 +14,7 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.proposal_generator import build_proposal_generator
 from detectron2.structures import BitMasks, ImageList, Instances
 from detectron2.utils.events import EventStorage
+from drawing import draw_example, gradient, to_small_detector
 from sharpmask_d2 import model_zoo
 from sharpmask_d2.modeling.image_pyramid.levels import Level, grid_windows, pyramid_levels
 from sharpmask_d2.modeling.proposal_generator import sharpmask as sharpmask_generator

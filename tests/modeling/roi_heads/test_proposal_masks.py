@@ -16,13 +16,14 @@ from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances, ROIMasks
 from detectron2.utils.events import EventStorage
+from drawing import compressed_rle as encode
+from precomputed import SIZE, draw_proposals, to_detector
 from pycocotools import mask as mask_util
 from sharpmask_d2.checkpoint import StrictCheckpointer
 from sharpmask_d2.data import ProposalMapper, register_datasets
 from sharpmask_d2.data.proposal_mapper import sample_masks
 from sharpmask_d2.modeling import ProposalMaskTTA
 from sharpmask_d2.modeling.roi_heads import MaskKeepingOutputLayers, ProposalROIMasks, without_masks
-from test_precomputed import SIZE, draw_proposals, encode, to_detector
 
 OURS = {"StandardROIHeads": "ProposalMaskROIHeads", "Res5ROIHeads": "ProposalMaskRes5ROIHeads"}
 
