@@ -1,1 +1,1 @@
-"""Models and proposals that FAIR published in files of Torch7."""
+"""Reads and converts the models and proposals that FAIR published as Torch7 files."""

@@ -1,13 +1,15 @@
-"""From a published DeepMask or SharpMask (model.t7) to a checkpoint of this package and the config that runs it.
+"""Converts a published DeepMask or SharpMask (model.t7) to a checkpoint of this package and the config that runs it.
 
-A file is understood by its structure: the modules are listed in the order in which they run, and matched with what the network has at that
-place. What differs is an error that names the module by its path in the file, such as model.trunk.modules[5].
+The converter relies on the structure of the file: it lists the modules in the order in which they run and matches each with the layer that
+the network has at that place. A difference is an error that names the module by its path in the file, such as model.trunk.modules[5].
+
+Shape letters: C channels.
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from ..modeling.meta_arch import ARCHITECTURE
 from .reader import Table, TorchObject, read_torch7
 
 _NAMESPACES = ("nn", "cudnn", "inn")
-# Modules without parameters that only matter in training, or that our network does by other means.
+# Modules without parameters that matter in training only, or whose work our network does in another way.
 _PASSED_OVER = ("Identity", "Dropout", "View", "Reshape", "Copy", "SpatialReSamplingEx", "SpatialZeroPadding")
 _CONVOLUTIONS = ("SpatialConvolution", "SpatialConvolutionMM")
 _ACTIVATIONS = ("ReLU", "Threshold")
@@ -36,7 +38,7 @@ _KNOWN = {
 _SIDES = ("pad_l", "pad_r", "pad_t", "pad_b")
 _MAX_NUMBER = 2**20
 
-# Convolutions of a block's main path and blocks per stage, up to res4.
+# (convolutions on a block's main path, blocks of each stage up to res4) -> depth of the ResNet.
 _DEPTHS = {
     (2, (2, 2, 2)): 18,
     (2, (3, 4, 6)): 34,
@@ -46,42 +48,54 @@ _DEPTHS = {
 }
 _STRIDE = 16
 _PREFIX = "pyramid.network."
-# Detectron2's FrozenBatchNorm2d has this in its square root.
+# Detectron2's FrozenBatchNorm2d adds this to the variance.
 _FROZEN_EPS = 1e-5
-# Far beyond any network of this kind; a small file may nest a module in itself, or twice in every one of many levels.
+# Far beyond any network of this kind. They bound the work for a small file that nests a module in itself or many times.
 _MAX_DEPTH, _MAX_MODULES = 50, 10_000
 
 
 class ConversionError(UserError):
-    """A Torch7 file that does not hold a DeepMask or SharpMask of the published structure; the message names the place."""
+    """A Torch7 file holds no DeepMask or SharpMask of the published structure; the message names the file and the module."""
 
 
 class Torch7Model(NamedTuple):
-    """What a file was converted to: a config that builds the model, and the parameters by the names they have there."""
+    """A converted model."""
 
-    cfg: CfgNode
-    state: dict
+    cfg: CfgNode  # builds the model
+    state: dict[str, Tensor]  # the model's parameters by name
 
 
 def convert_torch7(path: Union[str, Path]) -> Torch7Model:
-    """Convert a published model, or one that the released code trained.
+    """Convert a published model, or one that was trained with the released code.
 
     Args:
-        path: model.t7, as the released training scripts save it.
+        path: of a model.t7, as the released training scripts save it.
 
     Returns:
-        Torch7Model; a SharpMask's state also has the coarse mask of the DeepMask inside it (mask_branch.predictor), for a config whose
+        Torch7Model. The state of a SharpMask also holds the coarse mask layer of its DeepMask (mask_branch.predictor), for configs whose
         REFINEMENT.NAME is "none".
 
     Raises:
-        FileNotFoundError, Torch7Error: see `read_torch7`.
-        ConversionError: another structure.
+        FileNotFoundError: the file does not exist.
+        Torch7Error: the file is not a whole Torch7 file, see `read_torch7`.
+        ConversionError: the model has another structure.
     """
     return convert_content(read_torch7(path), name=str(path))
 
 
-def convert_content(content, *, name: str) -> Torch7Model:
-    """`convert_torch7` of what was read from a file, which errors call `name`."""
+def convert_content(content: Any, *, name: str) -> Torch7Model:
+    """Convert the content of a file.
+
+    Args:
+        content: from `reader.read_torch7`.
+        name: what error messages call the file.
+
+    Returns:
+        Torch7Model, see `convert_torch7`.
+
+    Raises:
+        ConversionError: the model has another structure.
+    """
     model = content.get("model") if isinstance(content, Table) else content
     kind = model.class_name if isinstance(model, TorchObject) else None
     if kind not in ("nn.DeepMask", "nn.SharpMask"):
@@ -104,22 +118,22 @@ def convert_content(content, *, name: str) -> Torch7Model:
 
 
 class _Module(NamedTuple):
-    """A module and its path. `border`: cells that the mirrored padding before it adds on every side."""
+    """A module of the file."""
 
-    kind: str
+    kind: str  # class name without its namespace
     fields: Table
-    path: str
-    border: int = 0
+    path: str  # in the file, such as model.trunk.modules[5]
+    border: int = 0  # cells that a mirrored padding before it adds on every side
 
-    def named(self, name: str) -> dict:
-        """Its weight, as it lies in the file, and its bias: name -> tensor."""
+    def named(self, name: str) -> dict[str, Tensor]:
+        """The parameters of the module, in the shapes of the file, as `name`.weight and `name`.bias."""
         return {f"{name}.{key}": self.tensor(key) for key in ("weight", "bias")}
 
     def tensor(self, key: str) -> Tensor:
-        """A field as a float32 copy.
+        """A copy of a field in float32.
 
         Raises:
-            ConversionError: it is missing, or has values that are not finite.
+            ConversionError: the field is missing, or has values that are not finite.
         """
         array = self.fields.get(key)
         if not isinstance(array, np.ndarray) or array.size == 0:
@@ -136,7 +150,7 @@ def _field(obj: TorchObject, name: str, path: str) -> _Module:
     return _module(obj.fields.get(name), f"{path}.{name}")
 
 
-def _module(obj, path: str) -> _Module:
+def _module(obj: Any, path: str) -> _Module:
     if not isinstance(obj, TorchObject):
         raise ConversionError(f"expected a module at {path}, found {type(obj).__name__}")
     namespace, _, kind = obj.class_name.partition(".")
@@ -145,7 +159,7 @@ def _module(obj, path: str) -> _Module:
     raise ConversionError(f"unknown module {obj.class_name} at {path}")
 
 
-def _children(module: _Module) -> list:
+def _children(module: _Module) -> list[_Module]:
     modules = module.fields.get("modules")
     if not isinstance(modules, Table):
         raise ConversionError(f"{module.path} has no modules")
@@ -153,16 +167,16 @@ def _children(module: _Module) -> list:
 
 
 def _flatten(module: _Module) -> Iterator[_Module]:
-    """The modules below one that hold parameters or branch, in the order in which they run."""
+    """The modules inside a module that hold parameters or branch, in the order in which they run."""
     border = 0
     for child in _leaves(module):
         if child.kind == "SpatialSymmetricPadding":
             border = _one_number(child, _SIDES)
         elif child.kind == "SpatialZeroPadding" and _one_number(child, _SIDES) > 0:
-            raise ConversionError(f"{child.path} pads with zeros: only the cropping of training patches is known there")
+            raise ConversionError(f"{child.path} pads with zeros: only the crop of training patches is expected there")
         elif child.kind not in _PASSED_OVER:
             if border and child.kind not in _CONVOLUTIONS:
-                raise ConversionError(f"expected a convolution behind the padding, at {child.path}, found {child.kind}")
+                raise ConversionError(f"expected a convolution after the padding, at {child.path}, found {child.kind}")
             yield child._replace(border=border)
             border = 0
 
@@ -174,7 +188,7 @@ def _leaves(module: _Module) -> Iterator[_Module]:
         count += 1
         if depth > _MAX_DEPTH or count > _MAX_MODULES:
             raise ConversionError(
-                f"{module.path} holds more modules than any model of this kind, or one that holds itself"
+                f"{module.path} holds more modules than any model of this kind, or a module that holds itself"
             )
         if child.kind == "Sequential":
             stack += [(grandchild, depth + 1) for grandchild in reversed(_children(child))]
@@ -182,11 +196,11 @@ def _leaves(module: _Module) -> Iterator[_Module]:
             yield child
 
 
-def _one_number(module: _Module, names: tuple, *, lowest: int = -_MAX_NUMBER) -> int:
-    """The whole number that fields share."""
+def _one_number(module: _Module, names: tuple[str, ...], *, lowest: int = -_MAX_NUMBER) -> int:
+    """The whole number that all fields of these names have."""
     values = [module.fields.get(name) for name in names]
     if not all(isinstance(value, float) for value in values) or len(set(values)) != 1:
-        raise ConversionError(f"{module.path} has not one value for {', '.join(names)}")
+        raise ConversionError(f"{module.path} has no common number for {', '.join(names)}")
     value = values[0]
     if not lowest <= value <= _MAX_NUMBER or not value.is_integer():
         raise ConversionError(f"{module.path} has {value} for {', '.join(names)}, not a whole number from {lowest}")
@@ -194,9 +208,9 @@ def _one_number(module: _Module, names: tuple, *, lowest: int = -_MAX_NUMBER) ->
 
 
 class _Queue:
-    """Modules taken one after the other, each by the kind that has to come."""
+    """Modules in the order in which they run; each is taken by the kind that is expected next."""
 
-    def __init__(self, modules: Iterable, path: str):
+    def __init__(self, modules: Iterable[_Module], path: str):
         self.modules, self.path = list(modules), path
 
     def next_is(self, *kinds: str) -> bool:
@@ -211,7 +225,7 @@ class _Queue:
         return module
 
     def split_before(self, kind: str) -> "_Queue":
-        """Takes the modules before the first of a kind; returns them as a queue."""
+        """Take the modules before the first one of a kind; they are returned as a queue."""
         before = []
         while self.modules and not self.next_is(kind):
             before.append(self.modules.pop(0))
@@ -226,7 +240,16 @@ class _Queue:
 
 
 class _Convolution:
-    """A convolution of the file: its weight as (out, in, height, width), its bias or None, its borders and stride."""
+    """A convolution of the file.
+
+    Attributes:
+        module: of the file.
+        size: side of the kernel.
+        stride: in cells.
+        zero_padding: cells of zeros on every side.
+        weight: (output channels, input channels, size, size) float32.
+        bias: (output channels,) float32, or None.
+    """
 
     def __init__(self, module: _Module):
         self.module = module
@@ -234,28 +257,28 @@ class _Convolution:
         self.stride = _one_number(module, ("dW", "dH"), lowest=1)
         self.zero_padding = _one_number(module, ("padW", "padH")) if "padW" in module.fields else 0
         if "groups" in module.fields and _one_number(module, ("groups",)) != 1:
-            raise ConversionError(f"{module.path} is a convolution in groups")
+            raise ConversionError(f"{module.path} is a convolution in groups: only groups = 1 is known")
         planes = [_one_number(module, (name,), lowest=1) for name in ("nOutputPlane", "nInputPlane")]
         weight = module.tensor("weight")
         if weight.numel() != math.prod(planes) * self.size**2:
             raise ConversionError(f"{module.path}.weight has {weight.numel()} values, not {planes} x {self.size}^2")
-        # SpatialConvolutionMM keeps it as a matrix.
+        # SpatialConvolutionMM stores a matrix.
         self.weight = weight.view(*planes, self.size, self.size)
         self.bias = module.tensor("bias").flatten() if isinstance(module.fields.get("bias"), np.ndarray) else None
 
     @property
     def padding(self) -> str:
-        """ "mirrored" or "zeros", and "" for a convolution of 1x1, which has no border."""
+        """Kind of padding: "mirrored", "zeros", or "" for a 1x1 convolution without any."""
         if self.size == 1 and not self.module.border and not self.zero_padding:
             return ""
         for padding, border in (("mirrored", self.module.border), ("zeros", self.zero_padding)):
             if border == self.size // 2 and self.module.border + self.zero_padding == border:
                 return padding
-        raise ConversionError(f"{self.module.path} has an unusual border")
+        raise ConversionError(f"{self.module.path} has an unusual border: half its kernel is expected on every side")
 
 
-def _affine(norm: _Module, channels: int) -> tuple:
-    """Scale and shift of a norm in evaluation, (C,) each."""
+def _affine(norm: _Module, channels: int) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a norm in evaluation mode, each (C,) float32."""
 
     def vector(key: str) -> Tensor:
         values = norm.tensor(key).flatten()
@@ -269,12 +292,12 @@ def _affine(norm: _Module, channels: int) -> tuple:
     if "running_var" in norm.fields:
         eps = norm.fields.get("eps", 1e-5)
         if not isinstance(eps, float) or not 0 <= eps < math.inf:
-            raise ConversionError(f"{norm.path}.eps is no number from 0")
+            raise ConversionError(f"{norm.path}.eps is not a finite number of 0 or above")
         scale = (vector("running_var") + eps).rsqrt()
         if not scale.isfinite().all():
-            raise ConversionError(f"{norm.path}.running_var has values that are no variances")
+            raise ConversionError(f"{norm.path}.running_var has values that are not variances")
     else:
-        # Before 2016 Torch kept the inverse of the standard deviation under this name.
+        # Before 2016, Torch stored the inverse of the standard deviation under this name.
         scale = vector("running_std")
     if "weight" in norm.fields:
         scale = scale * vector("weight")
@@ -282,11 +305,11 @@ def _affine(norm: _Module, channels: int) -> tuple:
     return scale, shift - mean * scale
 
 
-def _normed_convolutions(queue: _Queue) -> list:
-    """Takes convolutions with their norms, and the activations between them, to the end.
+def _normed_convolutions(queue: _Queue) -> list[tuple[_Convolution, dict[str, Tensor]]]:
+    """Take all convolutions of a queue with their norms and the activations between them.
 
     Returns:
-        list of (convolution, state of a Detectron2 convolution with a frozen norm that does the same).
+        List of (convolution, state of a Detectron2 convolution with a frozen norm that computes the same).
     """
     taken = []
     while queue.modules:
@@ -311,7 +334,7 @@ def _normed_convolutions(queue: _Queue) -> list:
     return taken
 
 
-def _named(name: str, state: dict) -> dict:
+def _named(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{name}.{key}": value for key, value in state.items()}
 
 
@@ -319,13 +342,13 @@ def _named(name: str, state: dict) -> dict:
 
 
 class _Trunk(NamedTuple):
-    """The trunk with the head's shared part: its state, and what the config has to say about it (see config.py)."""
+    """The trunk with the part of the head that both branches share."""
 
-    state: dict
-    depth: int
-    stride_in_1x1: bool
-    padding: str
-    context: int
+    state: dict[str, Tensor]  # parameters by the names of our network
+    depth: int  # of the ResNet
+    stride_in_1x1: bool  # bottlenecks have their stride in the first convolution, not in the 3x3 one
+    padding: str  # "mirrored" or "zeros"
+    context: int  # pixels that a training patch shows beside its window, on both sides together
 
 
 def _trunk(module: _Module) -> _Trunk:
@@ -333,7 +356,7 @@ def _trunk(module: _Module) -> _Trunk:
     stem = _normed_convolutions(queue.split_before("SpatialMaxPooling"))
     queue.take("SpatialMaxPooling")
     if len(stem) != 1:
-        raise ConversionError(f"{module.path} begins with {len(stem)} convolutions before its pooling, a ResNet with 1")
+        raise ConversionError(f"{module.path} has {len(stem)} convolutions before its pooling: a ResNet has 1")
     convolutions, state = [stem[0][0]], _named("trunk.stem.conv1", stem[0][1])
     lengths, stages = set(), []
     channels = 0
@@ -353,22 +376,22 @@ def _trunk(module: _Module) -> _Trunk:
     depth = _DEPTHS.get((max(lengths, default=0), tuple(stages))) if len(lengths) == 1 else None
     if depth is None:
         raise ConversionError(f"{module.path} has stages of {stages} blocks, which is no ResNet up to res4")
-    # In a bottleneck that shrinks, one of the first two convolutions has the stride.
+    # In a bottleneck that reduces the resolution, one of the first two convolutions has the stride.
     stride_in_1x1 = 1 in {convolution.size for convolution in convolutions if convolution.stride == 2}
     paddings = {convolution.padding for convolution in convolutions if convolution.size > 1}
     if len(paddings) > 1:
         raise ConversionError(f"{module.path} has convolutions with mirrored borders and others with zeros")
     reduce = _Convolution(queue.take(*_CONVOLUTIONS)).module
     queue.take(*_ACTIVATIONS)
-    # A file saved after model:inference() has convolutions in the place of linear layers.
+    # A file that was saved after model:inference() has convolutions instead of linear layers.
     embed = queue.take("Linear", *_CONVOLUTIONS)
     queue.end()
     state.update({**reduce.named("head.reduce"), **embed.named("head.embed")})
     return _Trunk(state, depth, stride_in_1x1, paddings.pop(), _context(module))
 
 
-def _block(queue: _Queue) -> tuple:
-    """Takes a residual block; returns what `_normed_convolutions` says of its main path and of its shortcut."""
+def _block(queue: _Queue) -> tuple[list[tuple[_Convolution, dict[str, Tensor]]], ...]:
+    """Take a residual block; returns the `_normed_convolutions` of its main path and of its shortcut."""
     table = queue.take("ConcatTable")
     branches = [_normed_convolutions(_Queue(_flatten(child), child.path)) for child in _children(table)]
     if len(branches) != 2 or not branches[0] or len(branches[1]) > 1:
@@ -379,17 +402,17 @@ def _block(queue: _Queue) -> tuple:
 
 
 def _context(trunk: _Module) -> int:
-    """Pixels of context around a training patch, whose cells the trunk crops; as released where the file no longer says."""
+    """Pixels of context of a training patch, whose cells the trunk crops; the released 32 if the file has no crop."""
     for child in _leaves(trunk):
         if child.kind == "SpatialZeroPadding":
             return -2 * _STRIDE * _one_number(child, _SIDES)
     return 32
 
 
-def _score_head(module: _Module) -> dict:
+def _score_head(module: _Module) -> dict[str, Tensor]:
     queue = _Queue(_flatten(module), module.path)
     hidden = queue.take("Linear", *_CONVOLUTIONS)
-    # Its value below the threshold, 1e-6 in training, is 0 in the released inference and here.
+    # Below its threshold it returns 1e-6 in training, but 0 in the released inference and here.
     queue.take(*_ACTIVATIONS)
     score = queue.take("Linear", *_CONVOLUTIONS)
     queue.end()
@@ -397,14 +420,14 @@ def _score_head(module: _Module) -> dict:
 
 
 def _linear(module: _Module) -> _Module:
-    """The only module with parameters below `module`."""
+    """The only module with parameters inside `module`."""
     queue = _Queue(_flatten(module), module.path)
     linear = queue.take("Linear", *_CONVOLUTIONS)
     queue.end()
     return linear
 
 
-def _refinement(model: Table) -> dict:
+def _refinement(model: Table) -> dict[str, Tensor]:
     nets = {name: model.get(name) for name in ("netvs", "neths", "refs")}
     for name, table in nets.items():
         if not isinstance(table, Table):
@@ -418,12 +441,12 @@ def _refinement(model: Table) -> dict:
     last = _module(nets["refs"].get(steps), f"model.refs[{steps}]")
     to_mask = [module for module in _flatten(last) if module.kind in _CONVOLUTIONS]
     if len(to_mask) != 1:
-        raise ConversionError(f"{last.path} has {len(to_mask)} convolutions of its own, not the one to the mask")
+        raise ConversionError(f"{last.path} has {len(to_mask)} convolutions of its own: one, to the mask, is expected")
     return {**state, **_mirrored(to_mask[0]).named("mask_branch.to_mask")}
 
 
-def _chain(module: _Module, name: str) -> dict:
-    """3x3 convolutions with activations between them, numbered as in an nn.Sequential."""
+def _chain(module: _Module, name: str) -> dict[str, Tensor]:
+    """Parameters of 3x3 convolutions with activations between them, numbered as in an nn.Sequential."""
     queue = _Queue(_flatten(module), module.path)
     state, position = _mirrored(queue.take(*_CONVOLUTIONS)).named(f"{name}.0"), 0
     while queue.modules:
@@ -449,11 +472,11 @@ def _default_config() -> CfgNode:
     return cfg
 
 
-def _config(trunk: _Trunk, state: dict) -> CfgNode:
+def _config(trunk: _Trunk, state: dict[str, Tensor]) -> CfgNode:
     cfg = _default_config()
     cfg.MODEL.META_ARCHITECTURE = ARCHITECTURE
     cfg.INPUT.FORMAT = "RGB"
-    # Images keep their size: the pyramid's scales refer to it.
+    # Images keep their size, to which the pyramid's scales refer.
     cfg.INPUT.MIN_SIZE_TEST = 0
     sharpmask = cfg.MODEL.SHARPMASK
     sharpmask.RESIZING = "released"
@@ -465,7 +488,7 @@ def _config(trunk: _Trunk, state: dict) -> CfgNode:
     sharpmask.EMBED_DIM = len(state["head.embed.bias"])
     sharpmask.SCORE_DIM = len(state["head.score.1.bias"])
     sharpmask.COARSE_MASK_SIZE = math.isqrt(len(state["mask_branch.predictor.bias"]))
-    # What does not divide here is found when the state has to fit.
+    # If the sizes do not divide, `_fit` names the parameter.
     cells = state["head.embed.weight"].numel() // (sharpmask.EMBED_DIM * sharpmask.REDUCED_CHANNELS)
     sharpmask.WINDOW_SIZE = math.isqrt(cells) * _STRIDE
     sharpmask.REFINEMENT.NAME = "sharpmask" if "mask_branch.start.bias" in state else "none"
@@ -474,19 +497,19 @@ def _config(trunk: _Trunk, state: dict) -> CfgNode:
     return cfg
 
 
-def _fit(state: dict, cfg: CfgNode) -> dict:
-    """The parameters under the names and in the shapes that the model of `cfg` has them."""
+def _fit(state: dict[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
+    """The parameters with the names and shapes that they have in the model of `cfg`."""
     with torch.device("meta"):
         model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     if missing := sorted(name for name in shapes if name.removeprefix(_PREFIX) not in state):
-        raise ConversionError(f"the model of this structure also has {missing[0]}, and the file nothing for it")
+        raise ConversionError(f"a model of this structure also has {missing[0]}, for which the file has nothing")
     fitted = {}
     for name, value in state.items():
         shape = shapes.get(_PREFIX + name)
-        # The coarse mask inside a SharpMask is kept, though its model has none.
+        # The coarse mask layer of a SharpMask is kept, although its model does not use it.
         if shape is None and not name.startswith("mask_branch.predictor."):
-            raise ConversionError(f"the file also has {name}, and the model of this structure nothing for it")
+            raise ConversionError(f"the file also has {name}, which a model of this structure does not have")
         if shape is not None and shape.numel() != value.numel():
             raise ConversionError(f"{name} has {value.numel()} values, {tuple(shape)} were expected")
         fitted[_PREFIX + name] = value if shape is None else value.reshape(shape)
@@ -494,17 +517,17 @@ def _fit(state: dict, cfg: CfgNode) -> dict:
 
 
 def save_torch7_model(model: Torch7Model, output: Union[str, Path]) -> Path:
-    """Write a checkpoint for MODEL.WEIGHTS and, beside it, the config that runs it.
+    """Write a checkpoint for MODEL.WEIGHTS and, in the same folder, the config that runs it.
 
     Args:
         model: from `convert_torch7`.
-        output: path of the checkpoint, with suffix .pth, by which Detectron2 knows its format.
+        output: path of the checkpoint; Detectron2 recognises the format by its suffix, .pth.
 
     Returns:
-        path of the config: the same name with suffix .yaml.
+        Path of the config: that of the checkpoint with suffix .yaml.
 
     Raises:
-        ValueError: another suffix.
+        UserError: the checkpoint has another suffix.
         OutputError: a file cannot be written.
     """
     output, config = Path(output), config_path(output)
@@ -518,18 +541,21 @@ def save_torch7_model(model: Torch7Model, output: Union[str, Path]) -> Path:
 
 
 def config_path(output: Union[str, Path]) -> Path:
-    """Where `save_torch7_model` writes the config of a checkpoint.
+    """The path to which `save_torch7_model` writes the config.
+
+    Args:
+        output: path of the checkpoint.
 
     Raises:
-        ValueError: the name of the checkpoint does not end in .pth.
+        UserError: the name of the checkpoint does not end in .pth.
     """
     if Path(output).suffix != ".pth":
-        raise UserError(f"--output {output}: the name of a checkpoint ends in .pth")
+        raise UserError(f"--output {output}: the name of a checkpoint has to end in .pth")
     return Path(output).with_suffix(".yaml")
 
 
-def _changes(cfg: CfgNode, default: CfgNode) -> dict:
-    """The keys of `cfg` whose values are not the default, nested as there."""
+def _changes(cfg: CfgNode, default: CfgNode) -> dict[str, Any]:
+    """The keys of `cfg` whose values differ from the default, as nested dicts."""
     changes = {}
     for key, value in cfg.items():
         if isinstance(value, CfgNode):

@@ -1,8 +1,10 @@
-"""The precomputed proposals that were published with DeepMask, SharpMask and MultiPath, as this package's proposal files.
+"""Converts the precomputed proposals that were published with DeepMask, SharpMask and MultiPath to this package's proposal files.
 
-They come in two formats. JSON chunks, such as props-1-500.json, are lists of COCO results of 500 images each, with up to 1000 segments
-(`segmentation`, no `bbox`) or boxes (`bbox`, no `segmentation`) per image, the results of an image together. MultiPath's .t7 files are
-tables of `images` (file names), `boxes` (per image (N, 4): y1, x1, y2, x2) and at times `scores` (per image N).
+They have two formats. JSON chunks, such as props-1-500.json, are lists of the COCO results of 500 images. An image has up to 1000 segments
+(`segmentation` without `bbox`) or boxes (`bbox` without `segmentation`), which follow one another. MultiPath's .t7 files are tables of
+`images` (file names), `boxes` (one (N, 4) tensor of y1, x1, y2, x2 per image) and optionally `scores` (one tensor of N per image).
+
+Shape letters: N proposals of an image.
 """
 
 import json
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import numpy as np
 from pycocotools import mask as mask_util
@@ -30,19 +32,22 @@ from .reader import Table, read_torch7
 _PIECE = 1 << 24
 _SPACE = re.compile(r"[ \t\r\n]*")
 
+ImageId = Union[int, str]
 
-def list_files(paths: list) -> list:
-    """Files of proposals, given as files and folders.
+
+def list_files(paths: list[Union[str, Path]]) -> list[Path]:
+    """The files of proposals among files and folders.
 
     Args:
-        paths: files, which stay in this order, and folders, of which the *.json and *.t7 are taken, props-501-1000 before props-1001-1500.
+        paths: files, which keep this order, and folders, whose *.json and *.t7 files are sorted by the numbers in their names, so that
+            props-501-1000 comes before props-1001-1500.
 
     Returns:
-        list of Path.
+        Paths of the files.
 
     Raises:
-        FileNotFoundError: a path that does not exist, or a folder without such files.
-        ValueError: a file of another kind.
+        FileNotFoundError: a path does not exist, or a folder has no such files.
+        UserError: a file has another suffix.
     """
     files = []
     for path in map(Path, paths):
@@ -59,30 +64,32 @@ def list_files(paths: list) -> list:
     return files
 
 
-def read_proposals(path: Union[str, Path], image_ids: Optional[dict] = None) -> Iterator[tuple]:
-    """Read a published file image by image; of a JSON chunk no more than an image and a piece of text is held.
+def read_proposals(
+    path: Union[str, Path], image_ids: Optional[dict[str, ImageId]] = None
+) -> Iterator[tuple[ImageId, list[dict]]]:
+    """Read a published file image by image. A JSON chunk is read as a stream, of which one image is in memory at a time.
 
     Args:
-        path: .json or .t7.
-        image_ids: file name without folders -> image id, for the names in a .t7; by default the id is the number at the end of the name,
-            139 for COCO_val2014_000000000139.jpg.
+        path: a .json or .t7 file.
+        image_ids: file name without folders -> image id, for the names in a .t7 file; by default the id is the number at the end of the
+            name: 139 for COCO_val2014_000000000139.jpg.
 
     Returns:
-        iterator of (image_id, results). Results are COCO results, best score first, equal ones in the order of the file: image_id,
-        category_id 1, bbox (x, y, width, height in pixels; floats), score (probability) and, if the file has it, segmentation (compressed
-        RLE as text). The bbox of a segmentation is the tight one. A .t7 has continuous coordinates, x2 = x1 + width, so nothing is added to
-        a width; without scores, all are 0.
+        Iterator of (image_id, results). Results are COCO results in the order of falling scores, equal scores in the order of the file:
+        image_id, category_id 1, bbox (x, y, width, height in pixels of the image; floats), score (probability) and, if the file has it,
+        segmentation (compressed RLE as text). The bbox of a segmentation is its tight box. A .t7 file has continuous coordinates,
+        x2 = x1 + width. Without scores in the file, all scores are 0.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file of another kind or broken, or proposals that cannot be right; the message names the file and the image.
+        FileNotFoundError: the file does not exist.
+        UserError: the file is broken or of another kind, or a proposal is not valid; the message names the file and the image.
     """
     path = Path(path)
     seen = set()
     for image_id, results in _reader(path)(path, image_ids):
         if image_id in seen:
             raise UserError(
-                f"{path}: image {image_id} comes a second time: the results of an image have to stand together"
+                f"{path}: image {image_id} occurs a second time: the results of an image have to follow one another"
             )
         seen.add(image_id)
         results.sort(key=itemgetter("score"), reverse=True)
@@ -91,27 +98,29 @@ def read_proposals(path: Union[str, Path], image_ids: Optional[dict] = None) -> 
 
 def convert_proposals(
     *,
-    input: list,
+    input: list[Union[str, Path]],
     output: str,
     pkl: Optional[str] = None,
     pkl_masks: bool = False,
     annotations: Optional[str] = None,
     num_proposals: Optional[int] = None,
 ) -> None:
-    """Write published proposals as COCO results and as Detectron2's pickle; see tools/convert_proposals.py. A stopped run goes on.
+    """Write published proposals as COCO results and as Detectron2's pickle (tools/convert_proposals.py).
+
+    A run that was stopped is resumed by the next call with the same arguments.
 
     Args:
         input: files and folders, see `list_files`.
-        output: JSON to write.
-        pkl: pickle to write.
-        pkl_masks: with the masks of segments.
-        annotations: a COCO JSON whose images give the ids of the file names in .t7 files.
-        num_proposals: keep so many of an image, the best.
+        output: path of the JSON file to write.
+        pkl: path of the pickle to write; none by default.
+        pkl_masks: also write the masks of segments into the pickle.
+        annotations: path of a COCO annotation file whose images give the ids of the file names in .t7 files.
+        num_proposals: maximum number of proposals per image, those with the highest scores; all by default.
 
     Raises:
-        FileNotFoundError: something that does not exist.
-        ValueError: see `list_files` and `read_proposals`; an image in two files; boxes and segments together; an input as output; a partial
-            file of another run.
+        FileNotFoundError: a file or folder does not exist.
+        UserError: a file cannot be read (see `list_files` and `read_proposals`), an image is in two files, or boxes and segments are mixed.
+        OutputError: an output is also an input, or cannot be written, or its partial file is from a run with other arguments.
     """
     if num_proposals is not None and num_proposals < 1:
         raise UserError(f"--num-proposals must be at least 1, not {num_proposals}")
@@ -134,37 +143,37 @@ def convert_proposals(
     print(f"wrote {count} proposals of {len(writer.done)} images: {output}" + (f", {pkl}" if pkl else ""))
 
 
-def _read_all(files: list, image_ids: Optional[dict]) -> Iterator[tuple]:
-    """`read_proposals` of several files that have no image in common and are of one kind."""
+def _read_all(files: list[Path], image_ids: Optional[dict[str, ImageId]]) -> Iterator[tuple[ImageId, list[dict]]]:
+    """`read_proposals` of several files, which must not share an image nor mix boxes and segments."""
     sources = {}
     kind = None
     for path in files:
         for image_id, results in read_proposals(path, image_ids):
             if image_id in sources:
-                raise UserError(f"{path}: image {image_id} is in {sources[image_id]} too: give only one of the files")
+                raise UserError(f"{path}: image {image_id} is also in {sources[image_id]}: give only one of the files")
             sources[image_id] = path
             if results:
                 found = "segments" if "segmentation" in results[0] else "boxes"
                 kind = kind or found
                 if found != kind:
                     raise UserError(
-                        f"{path}: image {image_id} has {found}, those before it have {kind}: convert these files separately"
+                        f"{path}: image {image_id} has {found}, but the images before it have {kind}: convert these files separately"
                     )
             yield image_id, results
 
 
-def _reader(path: Path):
+def _reader(path: Path) -> Callable[..., Iterator[tuple[ImageId, list[dict]]]]:
     if path.suffix.lower() not in _READERS:
         raise UserError(f"{path} is neither a .json nor a .t7 file")
     return _READERS[path.suffix.lower()]
 
 
-def _natural_order(path: Path) -> list:
-    # Text and numbers by turns, so that like is compared with like.
+def _natural_order(path: Path) -> list[Union[str, int]]:
+    # Text and numbers alternate, so that numbers are compared with numbers.
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", path.name))]
 
 
-def _annotated_ids(annotations: str) -> dict:
+def _annotated_ids(annotations: str) -> dict[str, ImageId]:
     """File name without folders -> image id."""
     image_ids = {}
     for image_id, file_name in load_images(annotations):
@@ -177,7 +186,7 @@ def _annotated_ids(annotations: str) -> dict:
 # ------------------------------------------------------------------ JSON chunks
 
 
-def _read_json(path: Path, image_ids: Optional[dict]) -> Iterator[tuple]:
+def _read_json(path: Path, image_ids: Optional[dict[str, ImageId]]) -> Iterator[tuple[ImageId, list[dict]]]:
     for image_id, group in groupby(_checked_elements(path), key=itemgetter("image_id")):
         elements = list(group)
         rles = [element["segmentation"] for element in elements if "segmentation" in element]
@@ -198,7 +207,7 @@ def _read_json(path: Path, image_ids: Optional[dict]) -> Iterator[tuple]:
 
 
 def _checked_elements(path: Path) -> Iterator[dict]:
-    """The results in a chunk, each with an image_id, a score, and a bbox or a segmentation."""
+    """The results of a chunk; each is checked to have an image_id, a score, and a bbox or a segmentation."""
     for number, element in enumerate(_elements(path)):
         if not isinstance(element, dict):
             raise UserError(f"{path}: result {number} is not a COCO result but {str(element)[:40]!r}")
@@ -219,7 +228,7 @@ def _checked_elements(path: Path) -> Iterator[dict]:
         yield element
 
 
-def _is_box(box) -> bool:
+def _is_box(box: Any) -> bool:
     return (
         isinstance(box, list)
         and len(box) == 4
@@ -229,9 +238,12 @@ def _is_box(box) -> bool:
 
 
 def _elements(path: Path) -> Iterator:
-    """The elements of a JSON list, decoded one by one."""
+    """The elements of a JSON list, decoded one by one, so that memory does not grow with the file.
+
+    ijson does not replace this: for deeply nested input, its memory grows with the square of the depth.
+    """
     decoder = json.JSONDecoder()
-    # Bytes that are not text are found as characters that JSON or RLE do not have.
+    # Bytes that are not text become a character that occurs neither in JSON nor in RLE.
     with open(path, encoding="utf-8", errors="replace") as file:
         text, passed = file.read(_PIECE), 0
         at = _SPACE.match(text).end()
@@ -251,9 +263,9 @@ def _elements(path: Path) -> Iterator:
                 raise UserError(f"{path} is not a JSON list of COCO results: it is nested too deeply") from None
             except (ValueError, IndexError) as error:
                 if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
-                    # A number of thousands of digits.
+                    # A number of several thousand digits.
                     raise UserError(f"{path} is not a JSON list of COCO results: {error}") from error
-                # At the end of what was read so far, the element may go on.
+                # The element may continue after the part that was read so far.
                 more = file.read(_PIECE + len(text) - at)
                 if not more:
                     place, reason = (error.pos, error.msg) if isinstance(error, ValueError) else (len(text), "it ends")
@@ -272,15 +284,15 @@ def _elements(path: Path) -> Iterator:
             raise UserError(f"{path} is not JSON: the list ends at character {passed + at}, but not the file")
 
 
-def _checked_rles(segmentations: list, where: str) -> list:
-    """The masks of an image as pycocotools takes them, with `counts` as text, which a few files call `count`."""
+def _checked_rles(segmentations: list[dict], where: str) -> list[dict]:
+    """The masks of an image as pycocotools takes them, with `counts` as text; a few files call it `count`."""
     rles = []
     for segmentation in segmentations:
         if not isinstance(segmentation, dict):
             raise UserError(f"{where} has a segmentation that is not RLE, a dict of size and counts")
         counts = segmentation.get("counts", segmentation.get("count"))
         if not isinstance(counts, str) or not counts:
-            raise UserError(f"{where} has an RLE without counts as text: only compressed RLE is read")
+            raise UserError(f"{where} has an RLE without counts as text: only compressed RLE can be read")
         size = segmentation.get("size")
         if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
             raise UserError(f"{where} has an RLE with size {size!r}, not height and width")
@@ -297,7 +309,7 @@ def _checked_rles(segmentations: list, where: str) -> list:
 # ------------------------------------------------------------------ .t7
 
 
-def _read_torch7(path: Path, image_ids: Optional[dict]) -> Iterator[tuple]:
+def _read_torch7(path: Path, image_ids: Optional[dict[str, ImageId]]) -> Iterator[tuple[ImageId, list[dict]]]:
     content = read_torch7(path)
     if not isinstance(content, Table):
         raise UserError(f"{path} does not hold a table of images and boxes")
@@ -305,7 +317,7 @@ def _read_torch7(path: Path, image_ids: Optional[dict]) -> Iterator[tuple]:
     scores = _list_of(content, "scores", path) if "scores" in content else [None] * len(boxes)
     if not len(names) == len(boxes) == len(scores):
         raise UserError(
-            f"{path}: images, boxes and scores are of different length: {len(names)}, {len(boxes)} and {len(scores)}"
+            f"{path}: images, boxes and scores have different lengths: {len(names)}, {len(boxes)} and {len(scores)}"
         )
     for name, image_boxes, image_scores in zip(names, boxes, scores):
         image_id = _image_id(name, image_ids, path)
@@ -322,14 +334,16 @@ def _read_torch7(path: Path, image_ids: Optional[dict]) -> Iterator[tuple]:
 
 def _list_of(content: Table, key: str, path: Path) -> list:
     if key not in content:
-        raise UserError(f"{path} has no {key}; proposals have images and boxes, it has {sorted(map(str, content))}")
+        raise UserError(
+            f"{path} has no {key}: a file of proposals has images and boxes, this one has {sorted(map(str, content))}"
+        )
     values = content[key].sequence() if isinstance(content[key], Table) else []
     if not isinstance(content[key], Table) or len(values) != len(content[key]):
         raise UserError(f"{path}: {key} is not a list without gaps")
     return values
 
 
-def _image_id(name, image_ids: Optional[dict], path: Path):
+def _image_id(name: Any, image_ids: Optional[dict[str, ImageId]], path: Path) -> ImageId:
     if not isinstance(name, str):
         raise UserError(f"{path}: images has {name!r} where a file name is expected")
     name = PurePosixPath(name)
@@ -339,30 +353,30 @@ def _image_id(name, image_ids: Optional[dict], path: Path):
         return image_ids[name.name]
     number = re.search(r"[0-9]+$", name.stem)
     if number is None:
-        raise UserError(f"{path}: the name of image {name} does not end in its id: give --annotations to look it up")
+        raise UserError(f"{path}: the name of image {name} does not end in its id: look it up with --annotations")
     return int(number.group())
 
 
-def _xywh(boxes, where: str) -> np.ndarray:
-    """y1, x1, y2, x2 to x, y, width, height: (N, 4) float64."""
-    # Torch's empty tensor has no second dimension.
+def _xywh(boxes: Any, where: str) -> np.ndarray:
+    """Boxes y1, x1, y2, x2 as x, y, width, height: (N, 4) float64 in pixels."""
+    # An empty tensor of Torch7 has no second dimension.
     if isinstance(boxes, np.ndarray) and boxes.shape == (0,):
         boxes = boxes.reshape(0, 4)
     if not isinstance(boxes, np.ndarray) or boxes.ndim != 2 or boxes.shape[1] != 4:
         found = f"shape {boxes.shape}" if isinstance(boxes, np.ndarray) else f"type {type(boxes).__name__}"
-        raise UserError(f"{where}: boxes are of {found}, a tensor of (N, 4) is expected")
+        raise UserError(f"{where}: boxes are of {found}: a tensor of (N, 4) is expected")
     y1, x1, y2, x2 = boxes.astype(np.float64).T
     converted = np.stack([x1, y1, x2 - x1, y2 - y1], axis=1)
     bad = np.flatnonzero(~(np.isfinite(converted).all(axis=1) & (converted[:, 2:] >= 0).all(axis=1)))
     if len(bad):
         raise UserError(
-            f"{where}: box {bad[0] + 1} is {boxes[bad[0]].tolist()}; y1, x1, y2, x2 are expected, y1 <= y2, x1 <= x2"
+            f"{where}: box {bad[0] + 1} is {boxes[bad[0]].tolist()}: y1, x1, y2, x2 with y1 <= y2 and x1 <= x2 are expected"
         )
     return converted
 
 
-def _scores(scores, count: int, where: str) -> np.ndarray:
-    """(N,) or (N, 1) probabilities as (N,) float64."""
+def _scores(scores: Any, count: int, where: str) -> np.ndarray:
+    """Probabilities of shape (N,) or (N, 1) as (N,) float64."""
     if not isinstance(scores, np.ndarray) or scores.size != count:
         found = str(scores.size) if isinstance(scores, np.ndarray) else f"type {type(scores).__name__}"
         raise UserError(f"{where}: {found} scores for {count} boxes")

@@ -1,17 +1,17 @@
-"""Torch7's binary files (.t7) as plain objects: nothing of a file is executed, and nothing is allocated that its length does not back.
+"""Reads Torch7's binary files (.t7) as plain objects. No code of a file is executed, and memory is bounded by the length of the file.
 
-A file holds one object: nil, number, string, boolean, table, tensor, storage, function, or an object of a class, which is the table of its
-fields. Tables, tensors, storages and objects are numbered, and a number met again is a reference.
+A file holds one object: nil, a number, a string, a boolean, a table, a tensor, a storage, a function, or an object of a class, which is the
+table of its fields. Tables, tensors, storages and objects have numbers; a number that occurs again is a reference.
 
-Written for the lack of a reader that is kept up: torchfile (last release 2017) allocates what a length field says, follows nesting by
-recursion, and answers a broken file with whatever Python raises; OpenCV and PyTorch have dropped theirs.
+No maintained library reads these files: the last release of torchfile (2017) allocates whatever a length field says, descends into nested
+objects by recursion, and raises arbitrary exceptions for broken files; OpenCV and PyTorch have removed their readers.
 """
 
 import math
 import mmap
 import struct
 from pathlib import Path
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from ..errors import UserError
 _NIL, _NUMBER, _STRING, _TABLE, _TORCH, _BOOLEAN, _FUNCTION, _OLD_RECURSIVE_FUNCTION, _RECURSIVE_FUNCTION = range(9)
 
 _LONG = "long"
-# Torch's element types; "Cuda" in front of them changes the place, not the format, and alone it is float.
+# Element types of Torch. The prefix "Cuda" names the device and does not change the format; "Cuda" alone is float.
 _ELEMENTS = {
     "Byte": "u1",
     "Char": "i1",
@@ -33,30 +33,30 @@ _ELEMENTS = {
 }
 _DTYPES = {**_ELEMENTS, "Cuda": "<f4", **{f"Cuda{name}": dtype for name, dtype in _ELEMENTS.items()}}
 
-# numpy 1 has no more.
+# The maximum of numpy 1.
 _MAX_DIMS = 32
-# Far beyond any network; bounds what open containers cost. A table counts as two, an object as four.
+# Maximum number of nested readings, far beyond any network; a nested table takes two of them, an object four.
 _MAX_DEPTH = 10_000
-# A key is at least a boolean, a value at least nil.
+# The shortest entry of a table: a boolean as key (8 bytes) and nil as value (4 bytes).
 _BYTES_PER_ENTRY = 12
 
-# In the place of a tensor or storage whose own content is being read.
+# Stands for a tensor or storage while its content is being read.
 _PENDING = object()
 
 
 class Torch7Error(UserError):
-    """A file that is not a whole Torch7 binary file; the message names it and the place."""
+    """The file is not a whole Torch7 binary file; the message names the file and the position of the fault."""
 
 
 class Table(dict):
-    """A Lua table. Like there, it is equal to itself only, so that it can be a key; numbers are floats, and 1.0 finds 1."""
+    """A Lua table. As in Lua, a table equals only itself, so that it can be a key. Numbers are floats: key 1 finds the entry of 1.0."""
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
     __ne__ = object.__ne__
 
     def sequence(self) -> list:
-        """The values at 1, 2, ... up to the first key that is missing."""
+        """The values of the keys 1, 2, ... before the first missing key."""
         values = []
         while len(values) + 1 in self:
             values.append(self[len(values) + 1])
@@ -67,8 +67,8 @@ class TorchObject:
     """An object of a Torch class.
 
     Attributes:
-        class_name: such as "nn.Linear".
-        fields: Table.
+        class_name: of the object, such as "nn.Linear".
+        fields: `Table` of the object's fields.
     """
 
     def __init__(self, class_name: str):
@@ -80,27 +80,30 @@ class TorchObject:
 
 
 class SkippedFunction:
-    """In the place of a Lua function."""
+    """Stands for a Lua function, whose code is not read."""
 
 
 class _Header(NamedTuple):
-    is_storage: bool
-    dtype: np.dtype
+    """What the name of a tensor or storage class says."""
+
+    is_storage: bool  # a storage, not a tensor
+    dtype: np.dtype  # of the elements
 
 
-def read_torch7(path: Union[str, Path]):
-    """Read a file that torch.save wrote in its default, binary format, with 64-bit or 32-bit longs.
+def read_torch7(path: Union[str, Path]) -> Any:
+    """Read a file that Torch7's torch.save wrote in its default, binary format, with 64-bit or 32-bit longs.
 
     Args:
         path: of the file.
 
     Returns:
-        the object: None, float, str (bytes that are not UTF-8 as surrogates), bool, `Table`, `TorchObject`, `SkippedFunction`, or for
-        tensors and storages a numpy array, which is a read-only view of the file (an empty tensor has shape (0,)).
+        The object of the file: None, float, str (bytes that are not UTF-8 become surrogates), bool, `Table`, `TorchObject`,
+        `SkippedFunction`, or, for tensors and storages, a numpy array, which is a read-only view of the file (shape (0,) for an empty
+        tensor).
 
     Raises:
-        FileNotFoundError: no such file.
-        Torch7Error: a file that is broken, truncated, or something else.
+        FileNotFoundError: the file does not exist.
+        Torch7Error: the file is broken, truncated or of another kind.
     """
     with open(path, "rb") as file:
         try:
@@ -110,8 +113,19 @@ def read_torch7(path: Union[str, Path]):
     return parse_torch7(content, name=str(path))
 
 
-def parse_torch7(content, *, name: str = "the data"):
-    """`read_torch7` of a buffer (bytes or mmap), which errors call `name`."""
+def parse_torch7(content: Union[bytes, mmap.mmap], *, name: str = "the data") -> Any:
+    """Read the content of a file.
+
+    Args:
+        content: of the whole file.
+        name: what error messages call the file.
+
+    Returns:
+        The object of the file, see `read_torch7`.
+
+    Raises:
+        Torch7Error: the content is broken, truncated or of another kind.
+    """
     if bytes(content[:2]) in (b"3\n", b"4\n"):
         raise Torch7Error(f"{name} is in Torch7's ASCII format: save it with torch.save(path, object, 'binary')")
     failures = []
@@ -129,19 +143,21 @@ def parse_torch7(content, *, name: str = "the data"):
 
 
 class _FormatError(Exception):
-    pass
+    """A fault in the content; the message is the reason alone."""
 
 
 class _Parser:
-    def __init__(self, content, long_size: int):
+    """Reads one object from a content whose longs have `long_size` bytes."""
+
+    def __init__(self, content: Union[bytes, mmap.mmap], long_size: int):
         self.content = content
         self.position = 0
         self.long = {8: "<q", 4: "<i"}[long_size]
         self.objects: dict = {}
 
-    def parse(self):
+    def parse(self) -> Any:
         """The object of the whole content."""
-        # Generators on a stack of our own, since a hostile file nests deeper than Python's.
+        # Generators on an explicit stack, because a hostile file nests deeper than Python's recursion limit.
         stack = [self._object()]
         value = None
         while stack:
@@ -162,7 +178,7 @@ class _Parser:
     # ------------------------------------------------------------------ plain values
 
     def _skip(self, size: int, what: str) -> int:
-        """Move on by `size` bytes; returns where they begin."""
+        """Move on by `size` bytes; returns the position at which they begin."""
         start = self.position
         if not 0 <= size <= len(self.content) - start:
             raise _FormatError(f"{what} of {size} bytes does not fit into the rest of the file")
@@ -183,7 +199,7 @@ class _Parser:
     def _text(self, what: str) -> str:
         return self._bytes(what).decode("utf-8", errors="surrogateescape")
 
-    # ------------------------------------------------------------------ objects: generators that yield what they need read first
+    # ------------------------------------------------------------------ objects: each generator yields the objects that it needs first
 
     def _object(self):
         kind = self._int("the type of an object")
@@ -225,11 +241,11 @@ class _Parser:
             raise _FormatError(f"a table of {size} entries does not fit into the rest of the file")
         for _ in range(size):
             key = yield self._object()
-            # NaN, which Lua has not as a key either, takes quadratic time before Python 3.10: all have the same hash.
+            # Lua has no NaN as a key either. Before Python 3.10 all NaNs have the same hash, so that many of them take quadratic time.
             if isinstance(key, np.ndarray) or key is None or key != key:
                 what = "a tensor or storage" if isinstance(key, np.ndarray) else "nil or NaN"
                 raise _FormatError(f"a table has {what} as a key")
-            # Rather than lose a value: in Lua, true and 1 are two keys.
+            # True and 1 are two keys in Lua but one in Python, where the second value would replace the first.
             if key in table:
                 raise _FormatError("a table has a key twice, where true counts as 1 and false as 0")
             table[key] = yield self._object()
@@ -237,7 +253,7 @@ class _Parser:
 
     def _torch_object(self, index: int):
         class_name = self._text("a version")
-        # Files before versions have the name of the class in its place.
+        # Old files have no version but the name of the class in its place.
         if class_name.startswith("V "):
             class_name = self._text("the name of a class")
         header = self._header(class_name)
@@ -253,8 +269,8 @@ class _Parser:
         obj.fields = fields
         return obj
 
-    def _header(self, class_name: str):
-        """What a tensor or storage class holds; None for other classes."""
+    def _header(self, class_name: str) -> Optional[_Header]:
+        """The `_Header` of a tensor or storage class; None for other classes."""
         for suffix in ("Tensor", "Storage"):
             element = class_name[len("torch.") : -len(suffix)]
             if class_name == f"torch.{element}{suffix}" and element in _DTYPES:
@@ -266,7 +282,7 @@ class _Parser:
         length = self._number(self.long, "the length of a storage")
         start = self._skip(length * dtype.itemsize, "a storage")
         return np.frombuffer(self.content, dtype, length, start) if length else np.empty(0, dtype)
-        yield  # a generator like the others
+        yield  # makes this method a generator, as `_torch_object` expects
 
     def _tensor(self, class_name: str, dtype: np.dtype):
         dims = self._int("the dimensions of a tensor")
@@ -274,7 +290,7 @@ class _Parser:
             raise _FormatError(f"a tensor has {dims} dimensions")
         sizes = [self._number(self.long, "the sizes of a tensor") for _ in range(dims)]
         strides = [self._number(self.long, "the strides of a tensor") for _ in range(dims)]
-        # Counted from 1; an empty tensor has 0 there, or anything.
+        # Torch counts from 1; the offset of an empty tensor may be anything.
         offset = self._number(self.long, "the offset of a tensor") - 1
         storage = yield self._object()
         if min(sizes, default=0) < 0 or min(strides, default=0) < 0:
@@ -290,7 +306,7 @@ class _Parser:
         if count == 0:
             return np.empty(0, dtype)
         last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides))
-        # The second condition: strides of 0 make a huge tensor of a small storage, which a copy would allocate.
+        # The last condition is for strides of 0: they make a huge tensor of a small storage, and a copy would allocate it.
         if storage is None or offset < 0 or last >= len(storage) or count > len(self.content):
             raise _FormatError(f"a tensor of sizes {sizes} and strides {strides} does not fit into its storage")
         # The stride of a single element is never used, and may be too large for numpy.

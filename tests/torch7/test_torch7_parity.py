@@ -1,4 +1,4 @@
-"""The converted models against what the original Torch7 code computed with the same files (`pytest -s` prints the table)."""
+"""The converted models compute what the original Torch7 code computed with the same files (`pytest -s` prints the differences)."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -18,9 +18,10 @@ from sharpmask_d2.modeling.image_pyramid.levels import pyramid_levels
 from sharpmask_d2.torch7.conversion import convert_torch7, save_torch7_model
 from torch.nn.functional import interpolate
 
-# Of an array's largest magnitude.
+# As a share of an array's largest magnitude.
 TOLERANCE = 1e-3
-SCALES = range(1, 8)
+# Of the original's seven scales, from 1/4 to 2 by half octaves: two that shrink the image, one that enlarges it.
+SCALES = (1, 3, 6)
 
 
 def compare(name: str, ours, reference: np.ndarray) -> None:
@@ -33,7 +34,7 @@ def compare(name: str, ours, reference: np.ndarray) -> None:
 
 @pytest.fixture(scope="module")
 def pyramids(shared, tmp_path_factory):
-    """name -> ImagePyramid of the converted file, in evaluation, which a user would load: checkpoint and config from disk."""
+    """name -> ImagePyramid of the converted file in evaluation mode, loaded from disk as a user loads it: checkpoint and config."""
     folder = tmp_path_factory.mktemp("torch7")
     loaded = {}
     for name in ("deepmask", "sharpmask"):
@@ -60,12 +61,12 @@ def image(shared):
 
 
 def pixels(network, normalised: np.ndarray) -> torch.Tensor:
-    """The input of which the original's normalised one was made, in 0..255."""
+    """The pixels in 0..255 from which the original made its normalised input."""
     return torch.from_numpy(normalised) * network.pixel_std + network.pixel_mean
 
 
 def record(modules: dict) -> dict:
-    """Keeps the output of modules under the names given, whenever they run."""
+    """name -> output of the module of that name, filled whenever it runs."""
     outputs = {}
     for name, module in modules.items():
         module.register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))
@@ -98,9 +99,9 @@ def test_patches_through_every_stage_of_sharpmask(pyramids, patches):
     scores, masks = network(pixels(network, patches["patches"]))
     branch.blocks = blocks
     for i in (1, 2, 3):
-        # What ours leaves to the next module.
+        # Our modules leave this upsampling to the next one.
         outputs[f"module{i}"] = interpolate(outputs[f"module{i}"], scale_factor=2, mode="nearest")
-    # The original's last module goes on to the mask.
+    # The original's last module includes the convolution to the mask.
     outputs.update(score=scores, sharpmask_mask160=masks, module4=masks)
     for name in sorted(set(patches.files) - {"patches", "deepmask_mask56"}):
         compare(f"sharpmask: {name}", outputs[name], patches[name])
@@ -121,7 +122,7 @@ def test_horizontal_nets_of_a_full_image(pyramids, image):
 
 
 @torch.no_grad()
-def test_score_maps_of_the_original_s_input(pyramids, image):
+def test_score_maps_of_the_input_that_the_original_padded(pyramids, image):
     network = pyramids["deepmask"].network
     scores = network.grid(pixels(network, image["padded_input_scale3"])).scores
     compare("deepmask: scores of padded_input_scale3", scores, image["deepmask_score_logits_scale3"])

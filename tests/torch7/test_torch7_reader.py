@@ -1,9 +1,10 @@
-"""The reader of Torch7 files: what it gives for whole files, and that broken and hostile ones end in Torch7Error and cost little."""
+"""The reader of Torch7 files: what whole files hold, and that broken and hostile files end in Torch7Error at little cost."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
 # isort: split
 
+import contextlib
 import gzip
 import itertools
 import math
@@ -22,44 +23,41 @@ from hypothesis import strategies as st
 from sharpmask_d2.torch7.reader import SkippedFunction, Table, Torch7Error, TorchObject, parse_torch7, read_torch7
 from torch7_writer import Function, Object, Storage, Tensor, dumps, dumps_parts
 
-LONG_SIZES = (8, 4)
 TYPES = (type(None), float, str, bool, Table, TorchObject, SkippedFunction, np.ndarray)
 
-each_long_size = pytest.mark.parametrize("long_size", LONG_SIZES)
+each_long_size = pytest.mark.parametrize("long_size", [8, 4])
 
 
 # ---------------------------------------------------------------------- files by hand
 
 
-def ints(*numbers):
+def ints(*numbers: int) -> bytes:
     return struct.pack(f"<{len(numbers)}i", *numbers)
 
 
-def longs(long_size, *numbers):
+def longs(long_size: int, *numbers: int) -> bytes:
     return struct.pack(f"<{len(numbers)}{'q' if long_size == 8 else 'i'}", *numbers)
 
 
-def text(content):
+def text(content: bytes) -> bytes:
     return ints(len(content)) + content
 
 
-def torch_class(index, name):
+def torch_class(index: int, name: bytes) -> bytes:
     return ints(4, index) + text(b"V 1") + text(name)
 
 
-def float_storage(long_size, index, values):
-    return (
-        torch_class(index, b"torch.FloatStorage")
-        + longs(long_size, len(values))
-        + struct.pack(f"<{len(values)}f", *values)
-    )
+def float_storage(long_size: int, index: int, values) -> bytes:
+    header = torch_class(index, b"torch.FloatStorage") + longs(long_size, len(values))
+    return header + struct.pack(f"<{len(values)}f", *values)
 
 
-def float_tensor(long_size, sizes, strides, offset=1, storage=None, index=1):
-    """A tensor of a storage of six numbers, or of what the bytes `storage` hold."""
-    storage = float_storage(long_size, index + 1, range(6)) if storage is None else storage
+def float_tensor(long_size: int, sizes, strides, offset: int = 1, storage: bytes = b"", index: int = 1) -> bytes:
+    """A tensor of the bytes of a storage, by default one of six numbers."""
     header = torch_class(index, b"torch.FloatTensor") + ints(len(sizes))
-    return header + longs(long_size, *sizes, *strides, offset) + storage
+    return (
+        header + longs(long_size, *sizes, *strides, offset) + (storage or float_storage(long_size, index + 1, range(6)))
+    )
 
 
 # ---------------------------------------------------------------------- what is checked of any result
@@ -80,15 +78,15 @@ def walk(value):
             todo.append(item.fields)
 
 
-def byte_range(array):
-    """The addresses of the first byte and of the one after the last."""
+def byte_range(array: np.ndarray) -> tuple:
+    """The addresses of the first byte and of the byte after the last."""
     first = array.__array_interface__["data"][0]
     reach = sum((size - 1) * stride for size, stride in zip(array.shape, array.strides))
     return first, first + reach + array.itemsize
 
 
-def check_sound(value, content):
-    """Only the types that are promised, and every array within the file."""
+def check_sound(value, content: bytes) -> None:
+    """A result has the promised types only, and every array lies within the file."""
     begin, end = byte_range(np.frombuffer(content, np.uint8))
     for item in walk(value):
         assert isinstance(item, TYPES)
@@ -102,18 +100,8 @@ def check_sound(value, content):
                 float(np.nansum(item))
 
 
-def parse_or_refuse(content):
-    """The result, checked; Torch7Error itself for one; everything else is the test's failure."""
-    try:
-        value = parse_torch7(content)
-    except Torch7Error:
-        return Torch7Error
-    check_sound(value, content)
-    return value
-
-
-def refused(content, reason, long_size=8):
-    # Of a broken file with 32-bit longs, the reading with 64-bit ones may get further, and is the one whose end is told.
+def refused(content: bytes, reason: str, long_size: int = 8) -> None:
+    # A broken file with 32-bit longs may be read further with 64-bit ones, and the message is about the furthest reading.
     with pytest.raises(Torch7Error, match=reason if long_size == 8 else "not a whole Torch7 file"):
         parse_torch7(content)
 
@@ -121,8 +109,8 @@ def refused(content, reason, long_size=8):
 # ---------------------------------------------------------------------- whole files
 
 
-@pytest.mark.parametrize("value", [None, 0.0, -2.5, 1e300, math.inf, True, False, "", "text", "λ", "a\0b\n"])
 @each_long_size
+@pytest.mark.parametrize("value", [None, 0.0, -2.5, 1e300, math.inf, True, False, "", "text", "λ", "a\0b\n"])
 def test_a_plain_value_is_read_with_its_type(value, long_size):
     result = parse_torch7(dumps(value, long_size=long_size))
     assert type(result) is type(value)
@@ -148,40 +136,28 @@ def test_a_file_written_by_hand_is_read():
 def test_bytes_that_are_not_utf8_are_kept():
     content = bytes(range(256)) + "é".encode("latin-1") + b"\xed\xa0\x80"
     assert parse_torch7(dumps(content)).encode("utf-8", errors="surrogateescape") == content
-    assert list(parse_torch7(dumps({content: 1}))) == [parse_torch7(dumps(content))]
 
 
 @each_long_size
-def test_tables_nest_and_keys_may_be_of_any_kind(long_size):
+def test_tables_nest_and_have_keys_of_any_kind(long_size):
     value = {"a": {"b": {"c": 1}}, 2.5: "x", 3: [10, [20, 30]], False: "no", "nil": None}
     table = parse_torch7(dumps(value, long_size=long_size))
     assert type(table) is Table
-    assert len(table) == 5
+    assert set(table) == set(value)
     assert table["a"]["b"]["c"] == 1
-    assert table[2.5] == "x"
-    assert table[3][1] == 10
+    assert table[3] is table[3.0]
     assert table[3][2].sequence() == [20, 30]
-    assert table[False] == "no"
-    assert table["nil"] is None
-
-
-def test_numbers_as_keys_are_found_by_ints_and_floats():
-    table = parse_torch7(dumps(["a", "b"]))
-    assert [type(key) for key in table] == [float, float]
-    assert table[1] == table[1.0] == "a"
-    assert 2 in table
-    assert 0 not in table
+    assert (table[2.5], table[False], table["nil"]) == ("x", "no", None)
 
 
 def test_a_sequence_ends_before_the_first_missing_key():
     table = parse_torch7(dumps({5: "e", 2: "b", "x": "y", 1: "a", 3: False, 0: "z"}))
     assert table.sequence() == ["a", "b", False]
-    assert parse_torch7(dumps({})).sequence() == []
     assert parse_torch7(dumps({2: "b"})).sequence() == []
 
 
 def test_tables_and_objects_are_keys_by_identity():
-    # By hand, since a dict of Python's is no key.
+    # By hand, because Python does not accept a dict as a key.
     table = parse_torch7(
         (ints(3, 1, 4) + ints(2) + text(b"key") + ints(3, 2, 0))
         + (ints(3, 2) + ints(2) + text(b"by key"))
@@ -190,36 +166,25 @@ def test_tables_and_objects_are_keys_by_identity():
     )
     assert table[table["key"]] == "by key"
     assert sorted(value for value in table.values() if isinstance(value, str)) == ["by instance", "by key", "by twin"]
-    assert Table() != Table()
 
 
 @each_long_size
 @pytest.mark.parametrize("versions", [True, False])
 def test_objects_have_their_class_and_fields(long_size, versions):
-    value = Object(
-        "nn.Sequential", modules=[Object("nn.Linear", weight=np.eye(3, dtype=np.float32)), Object("nn.View")]
-    )
-    result = parse_torch7(dumps([value, "after"], long_size=long_size, versions=versions))
-    assert type(result[1]) is TorchObject
-    assert result[1].class_name == "nn.Sequential"
-    assert type(result[1].fields) is Table
-    linear, view = result[1].fields["modules"].sequence()
+    linear = Object("nn.Linear", weight=np.eye(3, dtype=np.float32))
+    value = Object("nn.Sequential", modules=[linear, Object("nn.View")])
+    first, last = parse_torch7(dumps([value, "after"], long_size=long_size, versions=versions)).sequence()
+    assert (type(first), first.class_name, type(first.fields)) == (TorchObject, "nn.Sequential", Table)
+    linear, view = first.fields["modules"].sequence()
     assert (linear.class_name, view.class_name) == ("nn.Linear", "nn.View")
     assert linear.fields["weight"].tolist() == np.eye(3).tolist()
-    assert len(view.fields) == 0
-    assert result[2] == "after"
+    assert (len(view.fields), last) == (0, "after")
     assert repr(linear) == "TorchObject(nn.Linear, ['weight'])"
 
 
-def test_files_before_versions_have_tensors_and_storages_too():
-    array = np.arange(4, dtype=np.float64)
-    tensor, storage = parse_torch7(dumps([array, Storage(array)], versions=False)).sequence()
-    assert tensor.tolist() == storage.tolist() == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("kind", [6, 7, 8])
 @each_long_size
-def test_nothing_after_a_function_is_lost(kind, long_size):
+@pytest.mark.parametrize("kind", [6, 7, 8])
+def test_functions_are_skipped_and_nothing_after_them_is_lost(kind, long_size):
     inner, array = {"x": 1}, np.arange(3, dtype=np.float32)
     function = Function(dump=b"\x1bLJ\x00" + ints(3, 1), upvalues=[inner, {"name": "up", "value": array}], kind=kind)
     value = {"first": inner, "function": function, "inner": inner, "array": array, "last": "z"}
@@ -237,7 +202,7 @@ def test_nothing_after_a_function_is_lost(kind, long_size):
 
 
 @pytest.mark.parametrize("kind", [7, 8])
-def test_a_function_met_again_is_the_same_even_among_its_own_upvalues(kind):
+def test_a_function_that_is_referred_to_again_is_one_object(kind):
     function = Function(kind=kind)
     function.upvalues = {"itself": function}
     first, second, last = parse_torch7(dumps([function, function, "after"])).sequence()
@@ -248,22 +213,13 @@ def test_a_function_met_again_is_the_same_even_among_its_own_upvalues(kind):
 
 def test_what_is_shared_in_the_file_is_one_object():
     table, instance, array, storage = {"x": 1}, Object("nn.View"), np.zeros(2), Storage(np.zeros(2))
+    table["self"] = table
     result = parse_torch7(dumps([table, instance, array, storage] * 2)).sequence()
     assert len(result) == 8
-    for first, second in zip(result[:4], result[4:]):
-        assert first is second
+    assert all(first is second for first, second in zip(result[:4], result[4:]))
+    assert result[0]["self"] is result[0]
     twins = parse_torch7(dumps([{"x": 1}, {"x": 1}]))
     assert twins[1] is not twins[2]
-
-
-def test_a_table_and_an_object_may_hold_themselves():
-    table, instance = {}, Object("nn.Container")
-    table["self"] = table
-    instance.fields["parent"] = instance
-    result = parse_torch7(dumps(table))
-    assert result["self"] is result
-    result = parse_torch7(dumps(instance))
-    assert result.fields["parent"] is result
 
 
 # ---------------------------------------------------------------------- tensors
@@ -281,38 +237,33 @@ ELEMENTS = {
 
 
 @each_long_size
+@pytest.mark.parametrize("versions", [True, False])
 @pytest.mark.parametrize("element", [*ELEMENTS, "Cuda", *(f"Cuda{name}" for name in ELEMENTS if name != "Float")])
-def test_every_element_type_is_read_as_tensor_and_as_storage(element, long_size):
+def test_every_element_type_is_read_as_tensor_and_as_storage(element, versions, long_size):
     dtype = np.dtype("<f4" if element == "Cuda" else ELEMENTS[element.replace("Cuda", "")])
     values = np.array([[0, 1, 100], [3, 4, 5]], dtype)
     if dtype.kind != "u":
         values[0, 2] *= -1
     storage = Storage(values, element)
-    table = parse_torch7(dumps([Tensor(storage, [2, 3]), storage, "after"], long_size=long_size))
-    # A Lua long is as wide as the machine's that wrote the file.
+    content = dumps([Tensor(storage, [2, 3]), storage, "after"], long_size=long_size, versions=versions)
+    tensor, flat, last = parse_torch7(content).sequence()
+    # A Lua long is as wide as on the machine that wrote the file.
     expected = np.dtype("<i4") if element.endswith("Long") and long_size == 4 else dtype
-    for array, shape in ((table[1], (2, 3)), (table[2], (6,))):
-        assert type(array) is np.ndarray
-        assert array.dtype == expected
-        assert array.shape == shape
-        assert array.ravel().tolist() == values.ravel().tolist()
-    assert table[3] == "after"
+    assert tensor.dtype == flat.dtype == expected
+    assert tensor.tolist() == values.tolist()
+    assert flat.tolist() == values.ravel().tolist()
+    assert last == "after"
 
 
 @each_long_size
 def test_tensors_of_one_storage_share_its_memory(long_size):
     storage = Storage(np.arange(12, dtype=np.float32))
-    first, second, apart, flat = parse_torch7(
-        dumps(
-            [Tensor(storage, [2, 3]), Tensor(storage, [3], offset=4), Tensor(storage, [6], offset=7), storage],
-            long_size=long_size,
-        )
-    ).sequence()
+    views = [Tensor(storage, [2, 3]), Tensor(storage, [3], offset=4), Tensor(storage, [6], offset=7), storage]
+    first, second, apart, flat = parse_torch7(dumps(views, long_size=long_size)).sequence()
     assert first.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert second.tolist() == [3, 4, 5]
     assert apart.tolist() == [6, 7, 8, 9, 10, 11]
     assert np.shares_memory(first, second)
-    assert not np.shares_memory(first, apart)
     assert all(np.shares_memory(flat, array) for array in (first, second, apart))
 
 
@@ -323,12 +274,12 @@ def test_tensors_of_one_storage_share_its_memory(long_size):
         ([4, 3], [1, 4], 1, lambda flat: flat[:12].reshape(3, 4).T),
         ([3, 2], [8, 4], 2, lambda flat: flat.reshape(3, 8)[:, 1::4]),
         ([4, 3], [0, 1], 5, lambda flat: np.tile(flat[4:7], (4, 1))),
-        ([2, 1, 3, 1, 2], [12, 99, 4, 0, 1], 1, lambda flat: flat.reshape(2, 3, 4)[:, None, :, None, :2]),
+        # The stride of a single element is never used: it may be anything.
+        ([2, 1, 3, 1, 2], [12, 2**31 - 1, 4, 0, 1], 1, lambda flat: flat.reshape(2, 3, 4)[:, None, :, None, :2]),
         ([24], [1], 1, lambda flat: flat),
-        ([1], [1], 24, lambda flat: flat[23:]),
         ([1] * 32, [7] * 32, 24, lambda flat: flat[23:].reshape([1] * 32)),
     ],
-    ids=["transposed", "every fourth column", "expanded", "dimensions of one", "all", "last", "32 dimensions"],
+    ids=["transposed", "every fourth column", "expanded", "dimensions of one", "all", "last"],
 )
 def test_a_tensor_is_the_view_its_sizes_strides_and_offset_say(sizes, strides, offset, expected, long_size):
     flat = np.arange(24, dtype=np.int16)
@@ -338,35 +289,18 @@ def test_a_tensor_is_the_view_its_sizes_strides_and_offset_say(sizes, strides, o
 
 
 @each_long_size
-def test_the_stride_of_a_single_element_may_be_anything(long_size):
-    top = 2 ** (8 * long_size - 1) - 1
-    array = parse_torch7(dumps(Tensor(Storage(np.arange(6.0)), [1, 3, 1], [top, 2, top // 2]), long_size=long_size))
-    assert array.tolist() == [[[0], [2], [4]]]
-
-
-@each_long_size
 @pytest.mark.parametrize("offset", [1, 0, -5])
 @pytest.mark.parametrize(("sizes", "strides"), [([], []), ([0], [1]), ([3, 0, 2], [0, 2, 1])])
 def test_an_empty_tensor_has_shape_zero_with_and_without_a_storage(sizes, strides, offset, long_size):
     for storage in (ints(0), float_storage(long_size, 2, []), float_storage(long_size, 2, [1, 2])):
-        content = float_tensor(long_size, sizes, strides, offset, storage)
-        array = parse_torch7(ints(3, 9, 1, 5, 0) + content)[False]
-        assert array.shape == (0,)
-        assert array.dtype == np.float32
+        array = parse_torch7(ints(3, 9, 1, 5, 0) + float_tensor(long_size, sizes, strides, offset, storage))[False]
+        assert (array.shape, array.dtype) == ((0,), np.float32)
 
 
-@each_long_size
-def test_an_empty_storage_is_an_empty_array(long_size):
-    array = parse_torch7(dumps(Storage(np.zeros(0, np.int16)), long_size=long_size))
-    assert array.shape == (0,)
-    assert array.dtype == np.int16
-
-
-def test_results_are_views_of_the_file_that_nothing_can_write_through(tmp_path):
+def test_arrays_are_read_only_views_of_the_file(tmp_path):
     path = tmp_path / "large.t7"
     storage = Storage(np.arange(1_000_000, dtype=np.float64))
     path.write_bytes(dumps([Tensor(storage, [1000, 1000]), Tensor(storage, [1000, 1000], [1, 1000]), storage]))
-    before = path.read_bytes()
     tracemalloc.start()
     arrays = read_torch7(path).sequence()
     peak = tracemalloc.get_traced_memory()[1]
@@ -376,52 +310,31 @@ def test_results_are_views_of_the_file_that_nothing_can_write_through(tmp_path):
     assert arrays[1][2, 1] == 1002
     for array in arrays:
         assert not array.flags.writeable
-        with pytest.raises(ValueError, match="read-only"):
-            array[0] = 1
         with pytest.raises(ValueError, match="WRITEABLE"):
             array.flags.writeable = True
-    del array, arrays
-    assert path.read_bytes() == before
-
-
-@each_long_size
-def test_every_array_lies_within_the_bytes_given(long_size):
-    content = dumps(model(), long_size=long_size)
-    value = parse_torch7(content)
-    check_sound(value, content)
-    assert sum(isinstance(item, np.ndarray) and item.size > 0 for item in walk(value)) >= 6
 
 
 # ---------------------------------------------------------------------- nesting
 
 
-def nested_tables(depth):
+def nested_tables(depth: int) -> bytes:
     return b"".join(ints(3, number, 1, 5, 1) for number in range(depth - 1)) + ints(3, depth - 1, 0)
 
 
-def test_nesting_far_beyond_pythons_recursion_is_read():
-    depth = 5000
-    assert sys.getrecursionlimit() < depth
-    value, count = parse_torch7(nested_tables(depth)), 1
-    while value:
-        value, count = value[True], count + 1
-    assert count == depth
-
-
-def nested_keys(depth):
+def nested_keys(depth: int) -> bytes:
     return b"".join(ints(3, number, 1) for number in range(depth)) + ints(5, 1) + ints(0) * depth
 
 
-def nested_objects(depth):
+def nested_objects(depth: int) -> bytes:
     links = (torch_class(2 * number, b"nn.A") + ints(3, 2 * number + 1, 1, 5, 1) for number in range(depth))
     return b"".join(links) + ints(0)
 
 
-def nested_functions(depth):
+def nested_functions(depth: int) -> bytes:
     return ints(6, 0) * depth + ints(0)
 
 
-def nested_storages(depth):
+def nested_storages(depth: int) -> bytes:
     header = b"".join(torch_class(number, b"torch.FloatTensor") + ints(0) + longs(8, 1) for number in range(depth))
     return header + ints(0)
 
@@ -430,7 +343,8 @@ NESTINGS = [nested_tables, nested_keys, nested_objects, nested_functions]
 
 
 @pytest.mark.parametrize("nested", NESTINGS)
-def test_nesting_beyond_the_limit_is_refused(nested):
+def test_nesting_beyond_pythons_recursion_is_read_up_to_a_limit(nested):
+    assert sys.getrecursionlimit() < 2000
     assert parse_torch7(nested(2000)) is not None
     refused(nested(20_000), "nested too deeply")
 
@@ -438,12 +352,7 @@ def test_nesting_beyond_the_limit_is_refused(nested):
 # ---------------------------------------------------------------------- broken files
 
 
-def test_a_missing_file_is_not_found(tmp_path):
-    with pytest.raises(FileNotFoundError, match=re.escape("nowhere.t7")):
-        read_torch7(tmp_path / "nowhere.t7")
-
-
-def pickled(path, **options):
+def pickled(path, **options) -> None:
     torch.save({"weight": torch.ones(2, 2)}, path, **options)
 
 
@@ -454,13 +363,12 @@ def pickled(path, **options):
         (lambda path: path.write_bytes(b"4\n1\n3\nV 1\n13\nnn.Sequential\n3\n2\n0\n"), "ASCII format.*'binary'"),
         (lambda path: path.write_bytes(b"3\n1\n0\n"), "ASCII format"),
         (lambda path: path.write_text("<!DOCTYPE html>\n<title>404</title>\n"), "no type of object"),
-        (lambda path: path.write_bytes(np.random.default_rng(0).bytes(1000)), "no type of object"),
         (pickled, "no type of object"),
         (lambda path: pickled(path, _use_new_zipfile_serialization=False), "no type of object"),
         (lambda path: path.write_bytes(dumps(np.ones(100))[:-1]), "downloaded or copied completely"),
         (lambda path: path.write_bytes(b"\x03"), "at byte 0 of 1, the type of an object of 4 bytes does not fit"),
     ],
-    ids=["empty", "ASCII", "ASCII table", "HTML", "random", "zip", "pickle", "truncated", "one byte"],
+    ids=["empty", "ASCII", "ASCII table", "HTML", "zip", "pickle", "truncated", "one byte"],
 )
 def test_another_file_is_refused_by_name(write, reason, tmp_path):
     path = tmp_path / "model of mine.t7"
@@ -469,41 +377,32 @@ def test_another_file_is_refused_by_name(write, reason, tmp_path):
         read_torch7(path)
 
 
-def test_a_buffer_is_called_what_the_caller_says():
+def test_a_missing_file_is_not_found_and_a_buffer_has_the_name_given(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape("nowhere.t7")):
+        read_torch7(tmp_path / "nowhere.t7")
     for content in (b"", b"4\n", ints(99)):
-        with pytest.raises(Torch7Error, match=r"^the data is"):
-            parse_torch7(content)
         with pytest.raises(Torch7Error, match=r"^archive\[3\] is"):
             parse_torch7(content, name="archive[3]")
 
 
 @each_long_size
-def test_a_file_cut_anywhere_is_refused(long_size):
+def test_a_file_that_is_cut_or_goes_on_is_refused(long_size):
     content = dumps(model(), long_size=long_size)
     assert type(parse_torch7(content)) is Table
-    for length in range(len(content)):
+    for length in [*range(0, len(content), 7), len(content) - 1]:
         refused(content[:length], "not a whole Torch7 file: at byte")
-
-
-@each_long_size
-def test_bytes_after_the_object_are_refused(long_size):
     for value in (None, 1.0, "text", model()):
-        for rest in (b"\0", dumps(None)):
-            refused(dumps(value, long_size=long_size) + rest, "the object ends, but not the file")
+        refused(dumps(value, long_size=long_size) + b"\0", "the object ends, but not the file")
 
 
-@pytest.mark.parametrize("kind", [9, 10, -1, 2**31 - 1, -(2**31)])
-def test_unknown_types_of_objects_are_refused(kind):
-    refused(ints(kind) + bytes(100), f"no type of object with number {kind};")
+@pytest.mark.parametrize("kind", [9, -1, 2**31 - 1, -(2**31)])
+def test_an_unknown_type_of_object_is_refused(kind):
     refused(
         ints(3, 1, 1, 5, 1, kind) + bytes(100), f"at byte 24 of 124, there is no type of object with number {kind};"
     )
 
 
-LENGTHS = [-1, -(2**31), 2**31 - 1, 1000]
-
-
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [-1, -(2**31), 2**31 - 1, 1000])
 @pytest.mark.parametrize(
     ("header", "what"),
     [
@@ -511,13 +410,12 @@ LENGTHS = [-1, -(2**31), 2**31 - 1, 1000]
         (ints(4, 1), "a version"),
         (ints(4, 1) + text(b"V 1"), "the name of a class"),
         (ints(6), "a function"),
-        (ints(7, 1), "a function"),
         (ints(8, 1), "a function"),
         (ints(3, 1), "a table"),
     ],
-    ids=["string", "version", "class", "function", "function of kind 7", "function of kind 8", "table"],
+    ids=["string", "version", "class", "function", "numbered function", "table"],
 )
-def test_lengths_that_do_not_fit_are_refused(header, what, length):
+def test_a_length_that_does_not_fit_is_refused(header, what, length):
     refused(header + ints(length) + bytes(60), f"{what} of {length} (bytes|entries) does not fit")
 
 
@@ -527,99 +425,67 @@ def test_a_table_needs_the_bytes_of_its_entries():
     refused(ints(3, 1, 2) + entry + entry[:-1], "a table of 2 entries does not fit")
 
 
-@pytest.mark.parametrize("length", [-1, -(2**63), 2**63 - 1, 2**62, 2**61, 2**40, 40])
-def test_storages_that_do_not_fit_are_refused(length):
+@pytest.mark.parametrize("length", [-1, -(2**63), 2**63 - 1, 2**62, 2**61, 40])
+def test_a_storage_that_does_not_fit_is_refused(length):
     for element, size in ((b"Float", 4), (b"CudaDouble", 8), (b"Byte", 1)):
         content = torch_class(1, b"torch." + element + b"Storage") + longs(8, length)
         refused(content + bytes(15), f"a storage of {length * size} bytes does not fit")
-
-
-@pytest.mark.parametrize("length", [-1, -(2**31), 2**31 - 1, 2**29, 4])
-def test_storages_of_32_bit_files_that_do_not_fit_are_refused(length):
-    refused(
-        torch_class(1, b"torch.FloatStorage") + longs(4, length) + bytes(15), r"a storage of -?\d+ bytes does not fit"
-    )
+    if abs(length) < 2**31:
+        content = torch_class(1, b"torch.FloatStorage") + longs(4, length)
+        refused(content + bytes(15), r"a storage of -?\d+ bytes does not fit")
 
 
 @each_long_size
-@pytest.mark.parametrize("dims", [33, 1000, -1, 2**31 - 1, -(2**31)])
-def test_tensors_of_too_many_dimensions_are_refused(dims, long_size):
+@pytest.mark.parametrize("dims", [33, -1, 2**31 - 1])
+def test_a_tensor_of_too_many_dimensions_is_refused(dims, long_size):
     content = torch_class(1, b"torch.FloatTensor") + ints(dims) + longs(long_size, *[1] * 67) + ints(0)
     refused(content, f"a tensor has {dims} dimensions")
 
 
+OUTSIDE = "does not fit into its storage"
 BROKEN_TENSORS = {
-    "size below zero": ([-1], [1], 1, "sizes .* and strides"),
-    "two sizes below zero": ([-2, -3], [3, 1], 1, "sizes .* and strides"),
+    "size below zero": ([-2, -3], [3, 1], 1, "sizes .* and strides"),
     "size below zero beside zero": ([0, -3], [3, 1], 1, "sizes .* and strides"),
     "stride below zero": ([3], [-1], 6, "sizes .* and strides"),
-    "offset 0": ([3], [1], 0, "does not fit into its storage"),
-    "offset below zero": ([3], [1], -1000, "does not fit into its storage"),
-    "offset beyond": ([1], [1], 7, "does not fit into its storage"),
-    "offset far beyond": ([1], [1], 2**31 - 1, "does not fit into its storage"),
-    "one too long": ([3], [1], 5, "does not fit into its storage"),
-    "one too wide": ([2, 3], [4, 1], 1, "does not fit into its storage"),
-    "strides too far": ([2], [2**31 - 1], 1, "does not fit into its storage"),
-    "huge": ([2**31 - 1, 2**31 - 1], [2**31 - 1, 1], 1, "does not fit into its storage"),
-    "huge without strides": ([1000], [0], 1, "does not fit into its storage"),
-    "over 64 bits without strides": ([2**31 - 1] * 3, [0, 0, 0], 1, "does not fit into its storage"),
-    "2 ** 64 without strides": ([2**16] * 4, [0] * 4, 1, "does not fit into its storage"),
+    "offset 0": ([3], [1], 0, OUTSIDE),
+    "offset far below zero": ([1], [1], -(2**31), OUTSIDE),
+    "offset beyond": ([1], [1], 7, OUTSIDE),
+    "one too long": ([3], [1], 5, OUTSIDE),
+    "one too wide": ([2, 3], [4, 1], 1, OUTSIDE),
+    "strides too far": ([2], [2**31 - 1], 1, OUTSIDE),
+    "huge": ([2**31 - 1, 2**31 - 1], [2**31 - 1, 1], 1, OUTSIDE),
+    "huge without strides": ([1000], [0], 1, OUTSIDE),
+    "2 ** 64 elements without strides": ([2**16] * 4, [0] * 4, 1, OUTSIDE),
 }
+BEYOND_64_BITS = {
+    "stride": ([2], [2**62], 1, OUTSIDE),
+    "sum of strides": ([5, 5], [2**62, 2**62], 1, OUTSIDE),
+    "size": ([2**62, 4], [0, 0], 1, OUTSIDE),
+    "offset": ([1], [1], 2**63 - 1, OUTSIDE),
+}
+TENSORS = [(8, *case) for case in (*BROKEN_TENSORS.values(), *BEYOND_64_BITS.values())]
+TENSORS += [(4, *case) for case in BROKEN_TENSORS.values()]
 
 
-@each_long_size
-@pytest.mark.parametrize(("sizes", "strides", "offset", "reason"), BROKEN_TENSORS.values(), ids=BROKEN_TENSORS)
-def test_tensors_outside_their_storage_are_refused(sizes, strides, offset, reason, long_size):
+@pytest.mark.parametrize(("long_size", "sizes", "strides", "offset", "reason"), TENSORS)
+def test_a_tensor_outside_its_storage_is_refused(long_size, sizes, strides, offset, reason):
     refused(float_tensor(long_size, sizes, strides, offset), reason)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "strides", "offset"),
-    [
-        ([2], [2**62], 1),
-        ([5, 5], [2**62, 2**62], 1),
-        ([2, 1], [2**63 - 1, 1], 3),
-        ([2**62], [1], 1),
-        ([2**62, 4], [0, 0], 1),
-        ([2**32, 2**32], [0, 0], 1),
-        ([1], [1], 2**63 - 1),
-        ([1], [1], -(2**63)),
-    ],
-)
-def test_tensors_that_reach_around_64_bits_are_refused(sizes, strides, offset):
-    refused(float_tensor(8, sizes, strides, offset), "does not fit into its storage")
-
-
 @each_long_size
-def test_a_tensor_with_elements_needs_a_storage(long_size):
-    refused(float_tensor(long_size, [1], [1], 1, ints(0)), "does not fit into its storage", long_size)
-    refused(
-        float_tensor(long_size, [1], [1], 1, float_storage(long_size, 2, [])),
-        "does not fit into its storage",
-        long_size,
-    )
-
-
-@each_long_size
-def test_a_storage_of_another_kind_is_refused(long_size):
+def test_a_tensor_needs_a_storage_of_its_type(long_size):
+    for storage in (ints(0), float_storage(long_size, 2, [])):
+        refused(float_tensor(long_size, [1], [1], 1, storage), OUTSIDE, long_size)
     others = [1.0, "text", True, {}, Object("nn.View"), Function(), np.eye(6, dtype=np.float32)]
     others += [Storage(np.arange(6, dtype=kind)) for kind in ("u1", "i4", "f2", "f8", "i8")]
-    for other in others:
+    contents = [dumps(other, long_size=long_size) for other in others]
+    # A tensor with gaps or repetitions is no storage either; one of stride 0 looks longer than its memory is.
+    contents += [float_tensor(long_size, [3], [stride], index=-3) for stride in (0, 2)]
+    for content in contents:
         for sizes in ([2], [0], []):
-            # Its numbers follow on those of this tensor, which has -1.
-            content = float_tensor(long_size, sizes, [1] * len(sizes), 1, dumps(other, long_size=long_size), index=-1)
-            refused(content, "a torch.FloatTensor has no storage of its type", long_size)
-
-
-@pytest.mark.parametrize("stride", [0, 2])
-def test_a_tensor_with_gaps_or_repetitions_is_no_storage(stride):
-    # One of stride 0 looks longer than its memory is.
-    other = float_tensor(8, [3], [stride], index=2)
-    refused(float_tensor(8, [3], [1], 1, other), "a torch.FloatTensor has no storage of its type")
-
-
-@each_long_size
-def test_a_tensor_that_is_its_own_storage_is_refused(long_size):
+            # The numbers of the other object's parts do not collide with this tensor's, -1.
+            tensor = float_tensor(long_size, sizes, [1] * len(sizes), 1, content, index=-1)
+            refused(tensor, "a torch.FloatTensor has no storage of its type", long_size)
     refused(float_tensor(long_size, [1], [1], 1, ints(4, 1)), "refers to itself")
     refused(float_tensor(long_size, [1], [1], 1, ints(3, 2, 1, 5, 1, 4, 1)), "refers to itself")
 
@@ -630,17 +496,16 @@ def test_a_tensor_that_is_its_own_storage_is_refused(long_size):
         (ints(0) + bytes(8), "nil or NaN"),
         (ints(1) + struct.pack("<d", math.nan), "nil or NaN"),
         (dumps(np.ones(2)), "a tensor or storage"),
-        (dumps(np.ones(0)), "a tensor or storage"),
         (dumps(Storage(np.ones(2))), "a tensor or storage"),
     ],
-    ids=["nil", "NaN", "tensor", "empty tensor", "storage"],
+    ids=["nil", "NaN", "tensor", "storage"],
 )
-def test_keys_that_no_table_has_are_refused(key, what):
+def test_a_key_that_no_table_has_is_refused(key, what):
     refused(ints(3, 1000, 1) + key + ints(5, 1), f"a table has {what} as a key")
 
 
-@pytest.mark.parametrize("keys", [(1.0, True), (False, 0.0), ("a", "a"), (2.0, 2.0)])
-def test_a_value_is_not_lost_to_a_key_met_twice(keys):
+@pytest.mark.parametrize("keys", [(1.0, True), (False, 0.0), ("a", "a")])
+def test_a_key_that_occurs_twice_is_refused(keys):
     refused(ints(3, 1000, 2) + dumps(keys[0]) + dumps("x") + dumps(keys[1]) + dumps("y"), "a table has a key twice")
 
 
@@ -653,9 +518,7 @@ def test_a_class_that_writes_itself_without_a_table_is_refused(content):
     refused(torch_class(1, b"tds.Hash") + content, "class 'tds.Hash' is written in a form of its own")
 
 
-@pytest.mark.parametrize(
-    "name", [b"torch.Tensor", b"torch.FloatThing", b"other.FloatTensor", b"xtorch.FloatTensor", b"torch.CudaCudaTensor"]
-)
+@pytest.mark.parametrize("name", [b"torch.Tensor", b"torch.FloatThing", b"xtorch.FloatTensor", b"torch.CudaCudaTensor"])
 def test_only_the_names_of_tensors_are_tensors(name):
     result = parse_torch7(torch_class(1, name) + ints(3, 2, 0))
     assert type(result) is TorchObject
@@ -669,18 +532,13 @@ HOSTILE_LONGS = (-1, 0, 2, 2**31, 2**32, 2**40, 2**61, 2**62, 2**63 - 1, -(2**63
 HOSTILE_FIELDS = [ints(number) for number in HOSTILE_INTS] + [longs(8, number) for number in HOSTILE_LONGS]
 
 
-def model():
-    """A network in small: modules, weights in one flat storage, buffers, functions, lists of sizes, and a config beside it."""
+def model() -> dict:
+    """A small network: modules, weights in one storage, buffers, functions, lists of sizes, and a config beside it."""
     flat = Storage(np.linspace(-1, 1, 40, dtype=np.float32), "Cuda")
     shared = {"iSz": 160, "name": "deepmask", "gpu": True, "scales": [0.5, 1]}
     empty = Tensor(Storage(np.zeros(0, np.float32), "Cuda"), [])
-    convolution = Object(
-        "cudnn.SpatialConvolution",
-        weight=Tensor(flat, [2, 3, 2, 2]),
-        bias=Tensor(flat, [2], offset=25),
-        kW=2,
-        output=empty,
-    )
+    weight, bias = Tensor(flat, [2, 3, 2, 2]), Tensor(flat, [2], offset=25)
+    convolution = Object("cudnn.SpatialConvolution", weight=weight, bias=bias, kW=2, output=empty)
     view = Object("nn.View", size=Storage(np.array([4, -1])), expanded=Tensor(flat, [3, 2], [0, 5], 30), output=empty)
     linear = Object("nn.Linear", weight=Tensor(flat, [3, 4], [1, 3], 29), indices=np.arange(3), config=shared)
     hook = Function(upvalues=[{"name": "shared", "value": shared}])
@@ -688,67 +546,39 @@ def model():
     return {"config": shared, "model": root, 7: Function(kind=6, upvalues=None), "half": np.ones(3, np.float16)}
 
 
-PARTS = [dumps_parts(model(), long_size=long_size) for long_size in LONG_SIZES]
+PARTS = [dumps_parts(model(), long_size=long_size) for long_size in (8, 4)]
 SEEDS = [b"".join(parts) for parts in PARTS]
-# Where fields begin: numbers are written two at a time at most.
-FIELDS = [
-    sorted(
-        {
-            start + step
-            for part, start in zip(parts, itertools.accumulate([0, *map(len, parts)]))
-            for step in range(0, len(part), 4)
-        }
-    )
-    for parts in PARTS
-]
 
-_numbered_seed = st.integers(0, len(SEEDS) - 1)
+
+def field_starts(parts: list) -> list:
+    """Where the fields of a file begin: at most two numbers are written at a time."""
+    starts = itertools.accumulate([0, *map(len, parts)])
+    return sorted({start + step for part, start in zip(parts, starts) for step in range(0, len(part), 4)})
+
+
+FIELDS = [field_starts(parts) for parts in PARTS]
 
 
 @st.composite
-def truncated_files(draw):
-    content = SEEDS[draw(_numbered_seed)]
-    return content[: draw(st.integers(0, len(content) - 1))]
-
-
-@st.composite
-def flipped_files(draw):
-    content = bytearray(SEEDS[draw(_numbered_seed)])
-    place = st.integers(0, len(content) - 1)
-    for position, bits in draw(st.lists(st.tuples(place, st.integers(1, 255)), min_size=1, max_size=8)):
-        content[position] ^= bits
-    return bytes(content)
-
-
-@st.composite
-def overwritten_files(draw):
-    number = draw(_numbered_seed)
+def damaged_files(draw) -> bytes:
+    """A file of which bytes are flipped, fields overwritten or parts moved, and which may be cut at last."""
+    number = draw(st.integers(0, 1))
     content = bytearray(SEEDS[number])
-    changes = st.tuples(st.sampled_from(FIELDS[number]), st.sampled_from(HOSTILE_FIELDS))
-    for position, field in draw(st.lists(changes, min_size=1, max_size=4)):
-        content[position : position + len(field)] = field
-    return bytes(content)
-
-
-@st.composite
-def spliced_files(draw):
-    number = draw(_numbered_seed)
-    content = SEEDS[number]
-    place = st.sampled_from([*FIELDS[number], len(content)])
-    for _ in range(draw(st.integers(1, 3))):
-        begin, end = sorted((draw(place), draw(place)))
-        # One that makes the file longer, and one that does not.
-        to = draw(place)
-        resume = to if draw(st.booleans()) else to + end - begin
-        content = content[:to] + content[begin:end] + content[resume:]
-    return content
-
-
-@st.composite
-def random_files(draw):
-    number = draw(_numbered_seed)
-    cut = draw(st.sampled_from(FIELDS[number]))
-    return SEEDS[number][:cut] + draw(st.binary(max_size=300))
+    for _ in range(draw(st.integers(1, 4))):
+        kind = draw(st.sampled_from(["flip", "overwrite", "splice"]))
+        place = draw(st.sampled_from(FIELDS[number]))
+        if kind == "flip":
+            content[min(place + draw(st.integers(0, 3)), len(content) - 1)] ^= draw(st.integers(1, 255))
+        elif kind == "overwrite":
+            field = draw(st.sampled_from(HOSTILE_FIELDS))
+            content[place : place + len(field)] = field
+        else:
+            begin, end = sorted(draw(st.sampled_from(FIELDS[number])) for _ in range(2))
+            # Either in the place of as many bytes or between the others.
+            removed = end - begin if draw(st.booleans()) else 0
+            content[place : place + removed] = content[begin:end]
+    cut = draw(st.sampled_from([None, *FIELDS[number]])) if draw(st.booleans()) else None
+    return bytes(content[:cut])
 
 
 _class_names = [
@@ -761,102 +591,93 @@ _tokens = st.one_of(
     st.builds(text, st.sampled_from([b"", b"key", b"torch.FloatTensor"])),
     st.sampled_from(HOSTILE_FIELDS),
     st.builds(longs, st.just(8), st.integers(0, 3)),
+    st.binary(max_size=20),
 )
 _sizes = st.one_of(st.integers(0, 6), st.sampled_from([1, 1, *HOSTILE_LONGS]))
 
 
 @st.composite
-def tensor_files(draw):
-    """Tensors that are right in form, of any sizes, strides and offset."""
-    long_size = draw(st.sampled_from(LONG_SIZES))
+def tensor_files(draw) -> bytes:
+    """A tensor of any sizes, strides and offset in the right form."""
+    long_size = draw(st.sampled_from([8, 4]))
     number = _sizes.map(lambda size: size if long_size == 8 else max(-(2**31), min(size, 2**31 - 1)))
     dims = draw(st.integers(0, 4))
     numbers = [draw(number) for _ in range(2 * dims + 1)]
     return float_tensor(long_size, numbers[:dims], numbers[dims:-1], numbers[-1])
 
 
-token_files = st.lists(_tokens, max_size=40).map(b"".join)
-
-FUZZ = {
-    "truncated": truncated_files(),
-    "flipped": flipped_files(),
-    "overwritten": overwritten_files(),
-    "spliced": spliced_files(),
-    "random": random_files(),
-    "tokens": token_files,
-    "tensors": tensor_files(),
-}
+FUZZ = {"damaged": damaged_files(), "tokens": st.lists(_tokens, max_size=40).map(b"".join), "tensors": tensor_files()}
 
 
 @pytest.mark.parametrize("kind", FUZZ)
 def test_a_damaged_file_gives_a_sound_result_or_is_refused(kind):
-    @settings(derandomize=True, database=None, deadline=None, max_examples=400)
+    @settings(derandomize=True, database=None, deadline=None, max_examples=300)
     @given(FUZZ[kind])
     def check(content):
-        parse_or_refuse(content)
+        try:
+            value = parse_torch7(content)
+        except Torch7Error:
+            return
+        check_sound(value, content)
 
     check()
 
 
-def parse_or_none(content):
-    try:
-        return parse_torch7(content)
-    except Torch7Error:
-        return None
-
-
-def cost(content):
-    """The peak of memory and the number of calls, as a measure of time that is the same on every machine, of a parse."""
+def check_cheap(content: bytes) -> None:
+    """Reading takes memory and function calls, a measure of time that is the same on every machine, in proportion to the file's length."""
     calls = 0
 
     def count(frame, event, argument):
         nonlocal calls
         calls += 1
 
+    def parse():
+        with contextlib.suppress(Torch7Error):
+            parse_torch7(content)
+
     tracemalloc.start()
-    parse_or_none(content)
+    parse()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     before = sys.getprofile()
     sys.setprofile(count)
-    parse_or_none(content)
+    parse()
     sys.setprofile(before)
-    return peak, calls
-
-
-def check_cheap(content):
-    peak, calls = cost(content)
     assert peak < 1_000_000 + 200 * len(content)
     assert calls < 1000 + 20 * len(content)
 
 
 def test_hostile_lengths_cost_no_more_than_the_file_is_long():
     for seed, fields in zip(SEEDS, FIELDS):
-        for number, position in enumerate(fields):
+        for number, position in enumerate(fields[::2]):
             # By turns, so that neighbours get different ones.
-            for field in HOSTILE_FIELDS[number % 7 :: 7]:
-                check_cheap(seed[:position] + field + seed[position + len(field) :])
+            field = HOSTILE_FIELDS[number % len(HOSTILE_FIELDS)]
+            check_cheap(seed[:position] + field + seed[position + len(field) :])
+
+
+def table_of(count: int, entry) -> bytes:
+    """A table of `count` entries, of which `entry` makes the bytes."""
+    return ints(3, 1, count) + b"".join(map(entry, range(count)))
 
 
 DENSE = {
-    "tables": ints(3, 1, 5000) + b"".join(ints(1) + struct.pack("<d", n) + ints(3, n + 2, 0) for n in range(5000)),
-    "functions": ints(3, 1, 5000) + b"".join(ints(6, 0, 0, 5, 0) for _ in range(5000)),
-    "objects": ints(3, 1, 5000) + b"".join(ints(4, 2 * n + 2, 0, 3, 2 * n + 3, 0, 0) for n in range(5000)),
-    "tensors": ints(3, 1, 2000)
-    + b"".join(
-        (ints(2) + text(b"%d" % n)) + (torch_class(n + 2, b"torch.IntTensor") + ints(0) + longs(4, 0) + ints(0))
-        for n in range(2000)
+    "tables": table_of(2000, lambda n: ints(1) + struct.pack("<d", n) + ints(3, n + 2, 0)),
+    "functions": table_of(2000, lambda n: ints(6, 0, 0, 5, 0)),
+    "objects": table_of(2000, lambda n: ints(4, 2 * n + 2, 0, 3, 2 * n + 3, 0, 0)),
+    "tensors": table_of(
+        1000,
+        lambda n: ints(2) + text(b"%d" % n) + torch_class(n + 2, b"torch.IntTensor") + ints(0) + longs(4, 0) + ints(0),
     ),
-    "strings": ints(3, 1, 5000) + b"".join(ints(2) + text(b"%d" % n) + ints(2, 0) for n in range(5000)),
+    "strings": table_of(2000, lambda n: ints(2) + text(b"%d" % n) + ints(2, 0)),
     "long name": ints(4, 1) + text(b"\xff" * 100_000) + ints(0),
     "long string": ints(2) + text(b"\xff" * 100_000),
-    "not numbers": ints(3, 1, 5000) + (ints(1) + struct.pack("<d", math.nan) + ints(0)) * 5000,
-    **{nested.__name__: nested(20_000) for nested in [*NESTINGS, nested_storages]},
+    "not numbers": table_of(2000, lambda n: ints(1) + struct.pack("<d", math.nan) + ints(0)),
+    **{nested.__name__: nested(11_000) for nested in [*NESTINGS, nested_storages]},
 }
 
 
 @pytest.mark.parametrize("kind", DENSE)
-def test_files_dense_with_objects_cost_no_more_than_so_much_a_byte(kind):
+def test_a_file_dense_with_objects_costs_no_more_than_it_is_long(kind):
     check_cheap(DENSE[kind])
 
 
@@ -866,9 +687,7 @@ def test_tables_that_hold_each_other_often_are_read_once():
         value = [value] * 5
     content = dumps(value)
     check_cheap(content)
-    result = parse_torch7(content)
-    assert all(item is result[1] for item in result.values())
-    assert sum(isinstance(item, Table) for item in walk(result)) == 201
+    assert sum(isinstance(item, Table) for item in walk(parse_torch7(content))) == 201
 
 
 # ---------------------------------------------------------------------- a file of the original code
@@ -884,13 +703,9 @@ def test_a_model_of_the_original_code_is_read_without_copying_it(shared, tmp_pat
     tracemalloc.stop()
     assert path.stat().st_size > 100_000_000
     assert peak < 10_000_000
-    model = content["model"]
-    assert model.class_name == "nn.DeepMask"
-    assert {"trunk", "maskBranch", "scoreBranch"} <= set(model.fields)
+    assert content["model"].class_name == "nn.DeepMask"
     assert content["config"]["iSz"] == 160
-    padding, first, *_ = model.fields["trunk"].fields["modules"][1].fields["modules"].sequence()
-    assert padding.class_name == "nn.SpatialSymmetricPadding"
-    assert first.class_name == "cudnn.SpatialConvolution"
+    padding, first, *_ = content["model"].fields["trunk"].fields["modules"][1].fields["modules"].sequence()
+    assert (padding.class_name, first.class_name) == ("nn.SpatialSymmetricPadding", "cudnn.SpatialConvolution")
     assert first.fields["weight"].shape == (64, 3, 7, 7)
     assert np.isfinite(first.fields["weight"]).all()
-    assert not first.fields["weight"].flags.writeable
