@@ -1,1 +1,1 @@
-"""Files that the command writes and resumes: checked outputs, results, precomputed proposals."""
+"""Writes the files of a run (checked outputs, COCO results, precomputed proposals) so that a stopped run can be resumed."""

@@ -1,7 +1,9 @@
-"""Proposals of many images in files: COCO result JSON and Detectron2's precomputed-proposal pickle, written so that nothing is lost.
+"""Writes the proposals of many images as COCO results (JSON) and as Detectron2's pickle of precomputed proposals.
 
-While images are worked through, every finished one is a line of `<output>.partial`, after a first line with the run's settings. A run that
-was stopped goes on behind the last whole line; at the end the lines become the output, and the partial file goes.
+During a run, `<output>.partial` holds the run's settings in its first line and one line for each finished image. A run that was stopped
+resumes after the last complete line. At the end the lines become the output, and the partial file is removed.
+
+Shape letters: N proposals of an image, H W image.
 """
 
 import contextlib
@@ -9,9 +11,9 @@ import json
 import math
 import os
 import pickle
-from collections.abc import KeysView
+from collections.abc import Iterable, Iterator, KeysView
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 from detectron2.structures import BoxMode, Instances
@@ -20,20 +22,24 @@ from ..errors import UserError
 from .fingerprint import changed_settings
 from .outputs import PARTIAL, OutputError, open_locked, open_output
 
-# How many changed settings a message names.
+# An image is known by its id or by a text.
+Key = Union[int, str]
+
+# Maximum number of changed settings that a message names.
 _NAMED = 4
 
 
-def to_results(proposals: Instances, image_id, **extra) -> list:
-    """Proposals as COCO results.
+def to_results(proposals: Instances, image_id: Key, **extra: Any) -> list[dict]:
+    """The proposals of an image as COCO results.
 
     Args:
-        proposals: proposal_boxes, objectness_logits and proposal_masks in the frame of the image.
+        proposals: N proposals with proposal_boxes (XYXY in pixels), objectness_logits and proposal_masks in the frame of the image.
         image_id: as in the annotations.
-        extra: more entries for every result.
+        extra: further entries of every result.
 
     Returns:
-        list of dicts: image_id, category_id 1, bbox (x, y, width, height), score (probability), segmentation (compressed RLE as text).
+        N dicts with image_id, category_id 1, bbox (x, y, width, height in pixels), score (probability) and segmentation (compressed RLE
+        as text).
     """
     boxes = BoxMode.convert(proposals.proposal_boxes.tensor.cpu(), BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
     scores = proposals.objectness_logits.double().sigmoid().tolist()
@@ -52,32 +58,33 @@ def to_results(proposals: Instances, image_id, **extra) -> list:
 
 
 class ProposalWriter:
-    """Collects the results of images in a file that survives being killed, and that one run at a time writes.
+    """Collects the results of images in a partial file, from which a run that was killed can be resumed. One run at a time writes it.
 
     with ProposalWriter("proposals.json", settings) as writer:
         writer.add(1, results)
         writer.finish()
     """
 
-    def __init__(self, output: str, settings: dict):
+    def __init__(self, output: str, settings: dict[str, Any]):
         """
         Args:
-            output: path of the JSON to write.
-            settings: what the results depend on, besides the images: nested dicts. A partial file made with others is not continued.
+            output: path of the JSON file to write.
+            settings: nested dicts of everything but the images that the results depend on. A partial file with other settings is not
+                resumed.
 
         Raises:
-            OutputError: another run is writing the output, or one with other settings was stopped; the message names those that changed.
+            OutputError: another run is writing the output, or the partial file has other settings; the message names those that changed.
         """
         self.output = Path(output)
         self.partial = self.output.with_name(self.output.name + PARTIAL)
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        self._places = {}  # key of an image -> where its line begins
-        self._pictures = set()
+        self._places: dict[Key, int] = {}  # key of an image -> position at which its line begins
+        self._pictures: set[tuple[Key, str]] = set()
         self._started = False
         self._file = open_locked(self.partial)
         try:
-            # As it is when it has been read from the file.
-            self._continue(json.loads(json.dumps(settings)))
+            # In the form in which settings are read from the file.
+            self._resume(json.loads(json.dumps(settings)))
         except BaseException:
             self.close()
             raise
@@ -90,28 +97,28 @@ class ProposalWriter:
         self.close()
 
     def close(self) -> None:
-        """Stop; what was added stays for a run that goes on. A run that added nothing leaves nothing."""
+        """Close the partial file. It stays for a run that resumes, unless no image was added."""
         if self._started and not self._places and not self._file.closed:
             self.partial.unlink(missing_ok=True)
-        # A line that did not fit on a full disk would fail here a second time.
+        # On a full disk, closing fails a second time.
         with contextlib.suppress(OSError):
             self._file.close()
 
     @property
-    def done(self) -> KeysView:
-        """Keys of the images whose results are there."""
+    def done(self) -> KeysView[Key]:
+        """Keys of the images whose results have been added, in this run or before."""
         return self._places.keys()
 
-    def _continue(self, settings: dict) -> None:
-        """Read what a stopped run left, and remove the line that it did not finish."""
+    def _resume(self, settings: dict[str, Any]) -> None:
+        """Read the lines of a stopped run, and remove the line that it did not complete."""
         end = self._read_lines(settings)
         self._file.seek(end)
         self._file.truncate()
         if not end:
             self._append({"settings": settings})
 
-    def _read_lines(self, settings: dict) -> int:
-        """Returns where the whole lines end; 0 if there is nothing to continue."""
+    def _read_lines(self, settings: dict[str, Any]) -> int:
+        """The position at which the complete lines end; 0 if there is nothing to resume."""
         header = self._file.readline()
         if not header.endswith(b"\n"):
             return 0
@@ -119,7 +126,7 @@ class ProposalWriter:
             former = json.loads(header)["settings"]
         except (ValueError, KeyError, TypeError):
             raise OutputError(
-                f"{self.partial} is not what a stopped run leaves behind: move it away, or choose another output"
+                f"{self.partial} is not the partial file of a stopped run: move it away, or choose another output"
             ) from None
         end = len(header)
         for line in self._file:
@@ -133,60 +140,66 @@ class ProposalWriter:
             end += len(line)
         changes = changed_settings(former, settings)
         if changes and not self._places:
-            # A run that ended before its first image left nothing to lose.
+            # A run that ended before its first image is not resumed.
             self._pictures.clear()
             return 0
         if changes:
             more = f", and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
             raise OutputError(
-                f"{self.partial} was written with other settings: {'; '.join(changes[:_NAMED])}{more}. Set them back to go on with "
-                "that run, remove the file to start anew, or choose another output"
+                f"{self.partial} was written with other settings: {'; '.join(changes[:_NAMED])}{more}. Set them back to resume that "
+                "run, remove the file to start again, or choose another output"
             )
         return end
 
-    def _append(self, line: dict) -> None:
+    def _append(self, line: dict[str, Any]) -> None:
         try:
             self._file.seek(0, os.SEEK_END)
             self._file.write(json.dumps(line).encode() + b"\n")
             self._file.flush()
         except OSError as error:
             raise OutputError(
-                f"cannot write {self.partial}: {error.strerror}; it keeps the images done so far, for a run that goes on"
+                f"cannot write {self.partial}: {error.strerror}; it keeps the images done so far: run again to resume"
             ) from error
 
-    def add(self, key, results: list) -> None:
-        """Keep the results of an image; they are in the file when this returns.
+    def add(self, key: Key, results: list[dict]) -> None:
+        """Add the results of an image. They are in the partial file when this returns.
 
         Args:
-            key: an int or a str by which a run that goes on knows the image.
-            results: COCO results.
+            key: by which a run that resumes recognises the image.
+            results: COCO results of the image.
+
+        Raises:
+            OutputError: the partial file cannot be written.
         """
         self._file.seek(0, os.SEEK_END)
         place = self._file.tell()
-        # The key comes first: it is found without reading the results.
+        # The key comes first, so that it is found without decoding the results.
         self._append({"image": key, "results": results})
         self._places[key] = place
 
-    def add_picture(self, key, name: str) -> None:
-        """Keep that the picture `name` of an image has been written."""
+    def add_picture(self, key: Key, name: str) -> None:
+        """Record that the picture `name` of the image `key` has been written."""
         self._append({"image": key, "picture": name})
         self._pictures.add((key, name))
 
-    def has_picture(self, key, name: str) -> bool:
-        """Whether this run, or the one that it continues, has written the picture `name` of an image."""
+    def has_picture(self, key: Key, name: str) -> bool:
+        """Whether this run, or the one that it resumes, has written the picture `name` of the image `key`."""
         return (key, name) in self._pictures
 
-    def results(self, key) -> list:
-        """The results of an image that is done."""
+    def results(self, key: Key) -> list[dict]:
+        """The COCO results of an image that has been added."""
         self._file.seek(self._places[key])
         return json.loads(self._file.readline())["results"]
 
-    def entries(self, images: Optional[list] = None):
-        """The images that are done: dicts of image_id and results.
+    def entries(self, images: Optional[list[tuple[Key, dict[str, Any]]]] = None) -> Iterator[dict[str, Any]]:
+        """The results image by image.
 
         Args:
-            images: pairs of key and what to replace in each result, such as {"image_id": 5}, in the order of the entries. By default all
-                that were added, in that order, unchanged; then keys are image ids.
+            images: (key, entries to replace in each result, such as {"image_id": 5}) of the images in the order wanted. By default all
+                images that were added, in that order; their keys are then the image ids.
+
+        Returns:
+            Iterator of dicts with image_id and results.
         """
         for key, changes in images if images is not None else [(key, {"image_id": key}) for key in self._places]:
             yield {"image_id": changes["image_id"], "results": [{**result, **changes} for result in self.results(key)]}
@@ -195,23 +208,24 @@ class ProposalWriter:
         self,
         pickle_path: Optional[str] = None,
         *,
-        images: Optional[list] = None,
+        images: Optional[list[tuple[Key, dict[str, Any]]]] = None,
         pickle_masks: bool = False,
         keep_partial: bool = False,
     ) -> int:
-        """Write the JSON and, where a path is given, the pickle; each appears under its name only when it is whole.
+        """Write the JSON file and, if a path is given, the pickle. Each appears under its name only when it is complete.
 
         Args:
-            pickle_path: for Detectron2's precomputed proposals.
+            pickle_path: of the pickle of precomputed proposals for Detectron2; none by default.
             images: see `entries`.
-            pickle_masks: see `write_pickle`.
-            keep_partial: leave the partial file, for a run that has to be continued.
+            pickle_masks: write masks into the pickle, see `write_pickle`.
+            keep_partial: keep the partial file, because the run has to be resumed.
 
         Returns:
-            how many results the JSON holds.
+            Number of results in the JSON file.
 
         Raises:
             OutputError: a file cannot be written; the partial file stays.
+            UserError: see `write_pickle`.
         """
         count = 0
         with open_output(self.output) as out:
@@ -226,15 +240,15 @@ class ProposalWriter:
         if pickle_path:
             write_pickle(self.entries(images), pickle_path, masks=pickle_masks)
         if not keep_partial:
-            # Before the lock is given back, so that no other run goes on with it.
+            # Before the lock ends, so that no other run resumes from it.
             self.partial.unlink()
             self._started = False
         self.close()
         return count
 
 
-def _parse_line(line: bytes) -> tuple:
-    """(key, "results" or "picture") of a line of the partial file; (None, None) of one that is not whole."""
+def _parse_line(line: bytes) -> tuple[Optional[Key], Optional[str]]:
+    """(key, "results" or "picture") of a line of the partial file; (None, None) of an incomplete line."""
     start, decoder = len('{"image": '), json.JSONDecoder()
     try:
         text = line.decode()
@@ -246,19 +260,23 @@ def _parse_line(line: bytes) -> tuple:
     return key, next((kind for kind in ("results", "picture") if text.startswith(f', "{kind}": ', end)), None)
 
 
-def write_pickle(entries, path: str, *, masks: bool = False) -> None:
-    """Write proposals as Detectron2's `load_proposals_into_dataset` reads them.
+def write_pickle(entries: Iterable[dict[str, Any]], path: str, *, masks: bool = False) -> None:
+    """Write proposals in the format that Detectron2's `load_proposals_into_dataset` reads.
+
+    The pickle holds ids, boxes ((N, 4) XYXY float32 in pixels, one array per image), objectness_logits ((N,) float32, one array per image)
+    and bbox_mode.
 
     Args:
-        entries: dicts with image_id and results as `to_results` makes them.
-        path: of the pickle: ids, boxes (N, 4) XYXY float32 and objectness_logits (N,) per image, bbox_mode.
-        masks: also the masks per image as `join_rles` makes them, which Detectron2 passes over: about 0.3 kB a proposal, read with the
-            file, and of use to heads whose detections keep them.
+        entries: one dict per image, with image_id and results as `to_results` makes them.
+        path: of the pickle.
+        masks: also write the masks, one entry of `join_rles` per image, for heads whose detections keep the masks of proposals. Detectron2
+            ignores them. They take about 0.3 kB per proposal.
 
     Raises:
-        ValueError: masks are asked for, but a result has no segmentation, or none that is compressed RLE of the image's size.
+        UserError: masks are asked for, but a result has no segmentation, or not one in compressed RLE of the image's size.
+        OutputError: the file cannot be written.
     """
-    content = {"ids": [], "boxes": [], "objectness_logits": [], "bbox_mode": int(BoxMode.XYXY_ABS)}
+    content: dict[str, Any] = {"ids": [], "boxes": [], "objectness_logits": [], "bbox_mode": int(BoxMode.XYXY_ABS)}
     joined = []
     for entry in entries:
         results = entry["results"]
@@ -278,23 +296,26 @@ def write_pickle(entries, path: str, *, masks: bool = False) -> None:
         pickle.dump(content, out)
 
 
-def join_rles(rles: list) -> dict:
-    """The masks of an image as one string: a file of many images is read without making an object of every mask.
+def join_rles(rles: list[dict]) -> dict[str, Any]:
+    """The masks of an image in one string, so that reading a file of many images creates few objects.
 
     Args:
-        rles: N compressed COCO RLEs of one size; counts may be text.
+        rles: N compressed COCO RLEs of one size; counts are bytes or text.
 
     Returns:
-        {"size": [H, W], "counts": bytes, those of all masks with a line end between them}; None and empty for no masks.
+        {"size": [H, W], "counts": the counts of all masks, as bytes separated by line ends}; size None and empty counts for no masks.
 
     Raises:
-        ValueError: not compressed RLEs, or of several sizes.
+        UserError: a mask is not compressed RLE, or has another size than the first.
     """
     for i, rle in enumerate(rles):
         if not isinstance(rle, dict) or not isinstance(rle.get("counts"), (str, bytes)):
-            raise UserError(f"segmentation {i} is no compressed COCO RLE: encode it with pycocotools")
+            raise UserError(f"segmentation {i} is not a compressed COCO RLE: encode it with pycocotools")
         if list(rle["size"]) != list(rles[0]["size"]):
-            raise UserError(f"segmentation {i} has the size {list(rle['size'])}, the first {list(rles[0]['size'])}")
+            raise UserError(
+                f"segmentation {i} has the size {list(rle['size'])}, but the first one {list(rles[0]['size'])}: masks of an image have "
+                "one size"
+            )
     counts = (rle["counts"] for rle in rles)
     return {
         "size": list(rles[0]["size"]) if rles else None,
@@ -302,13 +323,13 @@ def join_rles(rles: list) -> dict:
     }
 
 
-def count_rles(joined: dict) -> int:
-    """How many masks `join_rles` joined."""
+def count_rles(joined: dict[str, Any]) -> int:
+    """Number of masks in an entry of `join_rles`."""
     return joined["counts"].count(b"\n") + 1 if joined["counts"] else 0
 
 
-def split_rles(joined: dict) -> list:
-    """The RLEs that `join_rles` joined."""
+def split_rles(joined: dict[str, Any]) -> list[dict]:
+    """The N RLEs of an entry of `join_rles`, with counts as bytes."""
     counts = joined["counts"].split(b"\n") if joined["counts"] else []
     return [{"size": joined["size"], "counts": c} for c in counts]
 

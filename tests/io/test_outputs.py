@@ -1,4 +1,4 @@
-"""What the tools write: refused before the work, whole or not at all, by one run at a time; images that cannot be done; runs that go on."""
+"""Outputs of the tools: checked before a run, complete or missing, written by one run at a time; failing images; runs that are resumed."""
 
 import errno
 import json
@@ -45,7 +45,7 @@ def content(folder: Path) -> dict:
 
 
 class StubPredictor:
-    """In the place of a network: one proposal an image; counts its images."""
+    """Stands for a predictor: returns one proposal per image and records the images."""
 
     seen: list
 
@@ -66,7 +66,7 @@ class StubPredictor:
 
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
-    """`compute_proposals` with the stub and a config file whose settings and weights a test may change."""
+    """`compute_proposals` with the stub, and a config file whose settings and weights a test may change."""
     monkeypatch.setattr(compute, "ProposalPredictor", StubPredictor)
     StubPredictor.seen = []
     weights, config = tmp_path / "w.pth", tmp_path / "c.yaml"
@@ -74,7 +74,7 @@ def stub(monkeypatch, tmp_path):
     config.write_text(f"MODEL:\n  META_ARCHITECTURE: SharpMaskProposalNetwork\n  WEIGHTS: {weights}\n")
 
     def run(*, stop_after=None, **options) -> int:
-        """Returns the exit status; `stop_after` so many images the user stops the run."""
+        """Returns the exit status. After `stop_after` images the user stops the run."""
         StubPredictor.seen = []
         if stop_after is not None:
             predict = StubPredictor.__call__
@@ -103,7 +103,7 @@ def photos(tmp_path):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """From now on nothing reaches the disk."""
+    """A function after whose call nothing can be written to the disk."""
 
     def fail(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -138,7 +138,7 @@ def run_tool(monkeypatch, name, *arguments) -> None:
         ({"--output": "new.json", "--pkl": "new.json.partial"}, {}, r"--pkl: .* is also written by --output"),
         ({"--output": "b.json"}, {}, r"--output: .*b\.json is one of the inputs"),
         ({"--output": "photos"}, {}, r"--output: .*photos is a folder"),
-        ({"--output": "pipe"}, {}, r"--output: .*pipe is no regular file"),
+        ({"--output": "pipe"}, {}, r"--output: .*pipe is not a regular file"),
         ({"--output": "a.json/new.json"}, {}, r"--output: cannot write .*a\.json/new\.json"),
         ({"--output": "x" * 300}, {}, r"--output: cannot write .*xxx: File name too long"),
         ({}, {"--visualize": "photos"}, r"--visualize: .*photos is, or lies in, the input folder"),
@@ -147,7 +147,7 @@ def run_tool(monkeypatch, name, *arguments) -> None:
         ({}, {"--visualize": "a.json"}, r"--visualize: cannot write into the folder .*a\.json"),
     ],
 )
-def test_outputs_that_cannot_be_are_refused_and_nothing_is_touched(photos, tmp_path, files, folders, message):
+def test_invalid_outputs_are_refused_and_no_file_changes(photos, tmp_path, files, folders, message):
     (tmp_path / "a.json").write_text("{}")
     (tmp_path / "b.json.tmp").symlink_to("a.json")
     (tmp_path / "link.json").symlink_to("a.json")
@@ -162,7 +162,7 @@ def test_outputs_that_cannot_be_are_refused_and_nothing_is_touched(photos, tmp_p
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_outputs_that_can_be_have_their_folders_made(photos, tmp_path):
+def test_missing_folders_of_valid_outputs_are_created(photos, tmp_path):
     files = {"--output": tmp_path / "new" / "deep" / "a.json", "--pkl": None}
     check_outputs(files, inputs=[], folders={"--visualize": tmp_path / "pictures"}, images=[photos])
     assert content(tmp_path / "new") == {Path("deep"): None}
@@ -236,7 +236,7 @@ def test_tools_refuse_before_any_work(tmp_path, monkeypatch, capsys, tool, argum
     assert content(tmp_path) == before
 
 
-# ------------------------------------------------------------------ whole or not at all
+# ------------------------------------------------------------------ complete or missing
 
 
 def _torch7_model():
@@ -259,7 +259,7 @@ def _torch7_model():
         ("a.pth", lambda path: save_torch7_model(_torch7_model(), path)),
     ],
 )
-def test_a_full_disk_leaves_what_was_there(tmp_path, full_disk, name, write):
+def test_on_a_full_disk_the_former_file_stays(tmp_path, full_disk, name, write):
     path = tmp_path / name
     path.write_text("old")
     full_disk()
@@ -268,7 +268,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, full_disk, name, write):
     assert content(tmp_path) == {Path(name): b"old"}
 
 
-def test_the_converter_s_config_is_whole_or_not_there(tmp_path, monkeypatch):
+def test_the_converters_config_is_complete_or_missing(tmp_path, monkeypatch):
     (tmp_path / "a.yaml").write_text("old")
     replace = os.replace
 
@@ -306,7 +306,7 @@ def test_a_link_stays_a_link(tmp_path):
     assert (tmp_path / "a").read_text() == "new"
 
 
-def test_a_disk_that_is_full_during_the_run_stops_it_and_keeps_what_is_done(stub, photos, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_stops_the_run_and_keeps_its_results(stub, photos, tmp_path, monkeypatch):
     output = tmp_path / "p.json"
     add, limit = ProposalWriter.add, resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -379,7 +379,7 @@ time.sleep(600)
     open_locked(tmp_path / "a").close()
 
 
-# ------------------------------------------------------------------ images that cannot be done
+# ------------------------------------------------------------------ images that cannot be processed
 
 
 def _process(images, tmp_path, work, **options):
@@ -393,7 +393,7 @@ def _of_size(image, pixels):
     return [{"image_id": image.image_id, "size": list(pixels.shape)}]
 
 
-def test_what_fails_for_one_image_is_named_and_the_rest_is_done(tmp_path, capsys, monkeypatch):
+def test_an_image_that_fails_is_named_and_the_others_are_processed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     paths = [draw(tmp_path / f"{name}.png", size=size) for name, size in [("good", (9, 9)), ("bomb", (99, 99))]]
     paths += [draw(tmp_path / "strange.png", seed=1, size=(3, 5)), tmp_path / "text.png", tmp_path / "missing.png"]
@@ -417,13 +417,13 @@ def test_what_fails_for_one_image_is_named_and_the_rest_is_done(tmp_path, capsys
             (15, "No such file or directory;"),
             (16, "it cannot be read: image file is truncated"),
         ]:
-            assert f"cannot do image {number}, {paths[number - 11]}: {cause}" in error
+            assert f"cannot process image {number}, {paths[number - 11]}: {cause}" in error
         assert "BufferedReader" not in error
-        assert "5 images could not be done" in error
+        assert "5 images could not be processed" in error
 
 
 @pytest.mark.parametrize("kind", [MemoryError, KeyboardInterrupt])
-def test_running_out_of_memory_and_ctrl_c_end_the_run(photos, tmp_path, kind):
+def test_memory_errors_and_ctrl_c_end_the_run(photos, tmp_path, kind):
     def work(image, pixels):
         raise kind
 
@@ -478,13 +478,13 @@ def test_a_broken_image_does_not_end_the_pictures_of_an_evaluation(tmp_path, mon
     assert len(list((tmp_path / "pictures").iterdir())) == 2
 
 
-# ------------------------------------------------------------------ runs that go on
+# ------------------------------------------------------------------ runs that are resumed
 
 
-def test_a_run_that_goes_on_redoes_only_the_pictures_that_changed(stub, photos, tmp_path, capsys):
+def test_a_resumed_run_processes_only_images_that_changed(stub, photos, tmp_path, capsys):
     options = {"input": [str(photos)], "output": str(tmp_path / "p.json"), "pkl": str(tmp_path / "p.pkl")}
     stub(stop_after=3, **options)
-    draw(photos / "0a.png", seed=9)  # added: what comes behind it gets another number
+    draw(photos / "0a.png", seed=9)  # added, so that the images after it get other numbers
     draw(photos / "1.png", seed=10)  # replaced
     (photos / "2.png").unlink()
     os.utime(photos / "0.png", (1, 1))  # the same content
@@ -501,13 +501,13 @@ def test_a_run_that_goes_on_redoes_only_the_pictures_that_changed(stub, photos, 
         (4, "3.png"),
     ]
     assert pickle.loads(found[1])["ids"] == [1, 2, 3, 4]
-    # As if it had never stopped.
+    # Equal to the results of a run that was not stopped.
     assert stub(**options) == 0
     assert len(StubPredictor.seen) == 4
     assert found == ((tmp_path / "p.json").read_bytes(), (tmp_path / "p.pkl").read_bytes())
 
 
-def test_other_image_ids_are_taken_over(stub, photos, tmp_path):
+def test_a_resumed_run_uses_new_image_ids(stub, photos, tmp_path):
     images = [{"id": i + 50, "file_name": f"{i}.png"} for i in range(4)]
     annotations = tmp_path / "a.json"
     annotations.write_text(json.dumps({"images": images}))
@@ -529,7 +529,7 @@ def test_other_image_ids_are_taken_over(stub, photos, tmp_path):
         ({}, r"MODEL\.WEIGHTS was content \w+ and is content \w+\. Set them back .*remove the file.* another output"),
     ],
 )
-def test_a_run_with_other_settings_is_refused_by_the_key(stub, photos, tmp_path, options, message):
+def test_a_run_with_other_settings_is_refused_and_the_key_is_named(stub, photos, tmp_path, options, message):
     inputs = {"input": [str(photos)], "output": str(tmp_path / "p.json")}
     stub(stop_after=2, **inputs)
     before = (tmp_path / "p.json.partial").read_bytes()
@@ -561,15 +561,15 @@ def test_a_run_that_fails_before_its_first_image_leaves_nothing(stub, photos, tm
     assert content(tmp_path) == before
 
 
-def test_a_file_that_is_no_partial_file_is_left_alone(tmp_path):
+def test_a_file_that_is_not_a_partial_file_stays_unchanged(tmp_path):
     partial = tmp_path / "p.json.partial"
     partial.write_text("my notes\n")
-    with pytest.raises(OutputError, match=r"p\.json\.partial is not what a stopped run leaves"):
+    with pytest.raises(OutputError, match=r"p\.json\.partial is not the partial file of a stopped run"):
         ProposalWriter(str(tmp_path / "p.json"), {})
     assert partial.read_text() == "my notes\n"
 
 
-def test_what_a_power_cut_left_behind_whole_lines_is_dropped(tmp_path):
+def test_incomplete_lines_after_a_power_cut_are_dropped(tmp_path):
     with ProposalWriter(str(tmp_path / "p.json"), {}) as writer:
         writer.add("a", [{"image_id": 1}])
     with open(writer.partial, "ab") as file:
@@ -597,7 +597,7 @@ def test_pictures_have_distinct_names():
         assert len({name.lower() for name in _named(*names)}) == len(names)
 
 
-def test_pictures_of_images_with_one_stem_are_all_there(stub, tmp_path):
+def test_images_with_equal_stems_have_separate_pictures(stub, tmp_path):
     for i, name in enumerate(["a/1.png", "b/1.png", "a/1.bmp"]):
         draw(tmp_path / name, seed=i)
     pictures = tmp_path / "pictures"
@@ -630,7 +630,7 @@ def test_a_picture_that_cannot_be_written_is_an_error_of_its_image(stub, photos,
     assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
 
 
-def test_pictures_of_a_run_that_goes_on_are_all_there(stub, photos, tmp_path):
+def test_a_resumed_run_writes_all_pictures(stub, photos, tmp_path):
     pictures = tmp_path / "pictures"
     options = {"input": [str(photos)], "output": str(tmp_path / "p.json")}
     stub(stop_after=2, **options)
@@ -642,7 +642,7 @@ def test_pictures_of_a_run_that_goes_on_are_all_there(stub, photos, tmp_path):
     assert stub(**options, visualize=str(pictures)) == 0
     assert len(StubPredictor.seen) == 1
     assert all(cv2.imread(str(pictures / f"{i}.jpg")) is not None for i in range(4))
-    # As those of a run that never stopped.
+    # Equal to those of a run that was not stopped.
     again = tmp_path / "again"
     assert stub(input=[str(photos)], output=str(tmp_path / "q.json"), visualize=str(again)) == 0
     assert content(again) == content(pictures)
@@ -651,7 +651,7 @@ def test_pictures_of_a_run_that_goes_on_are_all_there(stub, photos, tmp_path):
 # ------------------------------------------------------------------ folders
 
 
-def test_folders_are_searched_and_what_is_passed_over_is_said(tmp_path, capsys):
+def test_folders_are_searched_and_ignored_files_are_reported(tmp_path, capsys):
     folder = tmp_path / "f"
     for name in ("b.png", "a.gif", "sub/deep/c.jpg", ".hidden.png", ".cache/x.png", "sub/.png"):
         draw(folder / name) if not name.endswith("/.png") else (folder / name).write_bytes(b"")
