@@ -1,3 +1,5 @@
+"""Reads, checks, packs and writes checkpoints."""
+
 from . import paths  # noqa: F401  (registers sharpmask_d2://)
 from .package import pack, save_packed
 from .read import read_checkpoint

@@ -1,4 +1,4 @@
-"""Packing trained checkpoints into one small file."""
+"""Packs trained checkpoints into one small file for distribution."""
 
 import io
 import zipfile
@@ -10,19 +10,19 @@ from ..errors import UserError
 from ..io.outputs import open_output
 
 
-def pack(states: list) -> dict:
-    """The union of models' parameters in half precision.
+def pack(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The union of the parameters of several models in half precision.
 
     Args:
         states: state dicts of models that share parameters, such as a DeepMask and the SharpMask trained from it.
 
     Returns:
-        name -> float16 tensor (integers stay as they are).
+        name -> float16 tensor; integer tensors are unchanged.
 
     Raises:
-        ValueError: a parameter that two models have with different values, or that half precision cannot hold; it is named.
+        UserError: two models have different values of a parameter, or float16 cannot hold a value; the message names the parameter.
     """
-    packed: dict = {}
+    packed: dict[str, Tensor] = {}
     for state in states:
         for name, value in state.items():
             half = _halve(name, value)
@@ -32,15 +32,15 @@ def pack(states: list) -> dict:
     return packed
 
 
-def save_packed(packed: dict, path: str) -> None:
-    """Write what `pack` returns so that `torch.load` and Detectron2 read it as any checkpoint: the same archive, compressed.
+def save_packed(packed: dict[str, Tensor], path: str) -> None:
+    """Write packed parameters as a compressed checkpoint, which `torch.load` and Detectron2 read as any other.
 
     Args:
-        packed: name -> tensor.
-        path: file to write.
+        packed: name -> tensor, from `pack`.
+        path: of the file to write.
 
     Raises:
-        OutputError: the file cannot be written; one that was there before stays.
+        OutputError: the file cannot be written; a file that existed before stays unchanged.
     """
     plain = io.BytesIO()
     torch.save({"model": packed}, plain)
@@ -58,5 +58,5 @@ def _halve(name: str, value: Tensor) -> Tensor:
         return value
     half = value.half()
     if not half.isfinite().all():
-        raise UserError(f"{name} has values that float16 cannot hold")
+        raise UserError(f"{name} has values that float16 cannot hold: pack another checkpoint")
     return half.contiguous()

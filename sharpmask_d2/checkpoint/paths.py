@@ -1,4 +1,4 @@
-"""Paths `sharpmask_d2://NAME`: files that come with the package, wherever it is installed."""
+"""Resolves paths `sharpmask_d2://NAME` to the checkpoints that are installed with the package."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ _FOLDER = Path(__file__).resolve().parent.parent / "model_zoo"
 
 
 class PackagedFileHandler(PathHandler):
-    """Resolves `sharpmask_d2://lite0.pth` to the file of that name in the package's model_zoo."""
+    """Detectron2's handler for such paths: `sharpmask_d2://lite0.pth` is the file lite0.pth in the package's model_zoo."""
 
     PREFIX = "sharpmask_d2://"
 
-    def _get_supported_prefixes(self) -> list:
+    def _get_supported_prefixes(self) -> list[str]:
         return [self.PREFIX]
 
     def _get_local_path(self, path: str, **kwargs) -> str:

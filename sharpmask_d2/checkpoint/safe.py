@@ -1,9 +1,10 @@
-"""Checkpoints that a training can be resumed from: whole or not there, and finite."""
+"""Checkpoints from which a training can be resumed: their files are complete and their numbers finite."""
 
 import io
 import os
 import pickle
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,36 +14,36 @@ from ..errors import UserError
 from ..io.outputs import open_output
 from .read import read_checkpoint
 
-# Names of parameters that an error lists.
+# Maximum number of parameters that an error names.
 _SHOWN = 4
-# What torch raises for a file that is empty, cut, gone or something else.
+# What torch raises for a file that is empty, truncated, missing or of another kind.
 _UNREADABLE = (OSError, EOFError, RuntimeError, pickle.UnpicklingError)
 
 
-def list_names(names: list) -> str:
-    """The first of some names, and how many more there are, as a text."""
+def list_names(names: list[str]) -> str:
+    """A text with the first names and the number of the others."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
 
-def find_not_finite(state: dict) -> list:
-    """Names of the parameters that have a NaN or an infinite number.
+def find_not_finite(state: dict[str, Any]) -> list[str]:
+    """The names of the parameters that hold a NaN or an infinite number.
 
     Args:
-        state: name -> tensor or array; what else it holds is passed over.
+        state: name -> tensor or array; other values are ignored.
     """
     return [name for name, value in state.items() if not _is_finite(value)]
 
 
-def check_finite(state: dict, path: str) -> None:
-    """Refuse the parameters of a file unless all their numbers are finite.
+def check_finite(state: dict[str, Any], path: str) -> None:
+    """Check that all numbers of a file's parameters are finite.
 
     Args:
         state: name -> tensor or array.
         path: of the file, for the message.
 
     Raises:
-        ValueError: a NaN or an infinite number; the message names the file and the parameters.
+        UserError: a number is NaN or infinite; the message names the file and the parameters.
     """
     if names := find_not_finite(state):
         raise UserError(
@@ -51,7 +52,7 @@ def check_finite(state: dict, path: str) -> None:
         )
 
 
-def _is_finite(value) -> bool:
+def _is_finite(value: Any) -> bool:
     if isinstance(value, np.ndarray):
         return value.dtype.kind not in "fc" or bool(np.isfinite(value).all())
     if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -60,29 +61,33 @@ def _is_finite(value) -> bool:
 
 
 class SafeCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, which neither writes nor reads numbers that are not finite, and never leaves half a file.
+    """Detectron2's checkpointer, which refuses numbers that are not finite and never leaves an incomplete file.
 
-    Where `last_checkpoint` is empty or names a file that is cut or gone, it resumes from the latest whole checkpoint in the folder, and
-    says so.
+    Where `last_checkpoint` is empty or names a file that is truncated or missing, training resumes from the latest complete checkpoint in
+    the folder, and a warning says so.
     """
 
-    def __init__(self, model: torch.nn.Module, save_dir: str = "", **options):
+    def __init__(self, model: torch.nn.Module, save_dir: str = "", **options: Any):
         """
         Args:
-            model, save_dir, options: as Detectron2's checkpointer has them.
+            model: whose parameters are saved and loaded.
+            save_dir: folder of the checkpoints; none by default, and then nothing is saved.
+            options: further arguments of Detectron2's checkpointer.
         """
         super().__init__(model, save_dir, **options)
         self.path_manager = _WholeFiles(self.path_manager)
-        self._said = None
+        self._last_warning = None
 
-    def save(self, name: str, **extra) -> None:
-        """
+    def save(self, name: str, **extra: Any) -> None:
+        """Save the model in the folder.
+
         Args:
-            name: of the file, without its ending.
-            extra: more to be saved, such as the iteration.
+            name: of the file, without its suffix.
+            extra: further values to save, such as the iteration.
 
         Raises:
-            FloatingPointError: a parameter is not finite; nothing is written. The message names it, and the iteration.
+            FloatingPointError: a parameter is not finite, and nothing is written; the message names the parameter and the iteration.
+            OutputError: the file cannot be written.
         """
         if self.save_dir and self.save_to_disk and (names := find_not_finite(self.model.state_dict())):
             at = f" at iteration {extra['iteration']}" if "iteration" in extra else ""
@@ -93,16 +98,16 @@ class SafeCheckpointer(DetectionCheckpointer):
         super().save(name, **extra)
 
     def has_checkpoint(self) -> bool:
-        """Whether there is a whole checkpoint to resume from."""
+        """Whether the folder has a complete checkpoint from which training can resume."""
         return bool(self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
-        """The file that `last_checkpoint` names, or if that is not whole the one of the latest iteration that is; "" if there is none."""
+        """The file that `last_checkpoint` names or, if it is incomplete, the complete checkpoint of the latest iteration; "" if none."""
         if not super().has_checkpoint():
             return ""
         tagged = super().get_checkpoint_file()
         if "://" in tagged:
-            # Storage elsewhere is not looked into: its files are written as a whole.
+            # Remote files are not checked: remote storage writes files as a whole.
             return tagged
         try:
             _read(tagged)
@@ -114,35 +119,35 @@ class SafeCheckpointer(DetectionCheckpointer):
             try:
                 iterations[path] = _read(path)["iteration"]
             except (*_UNREADABLE, KeyError, TypeError):
-                # Not whole, or not of a training.
+                # An incomplete file, or one that no training wrote.
                 continue
         latest = max(iterations, key=iterations.get, default="")
-        self._say(
+        self._warn_once(
             f"{os.path.join(self.save_dir, 'last_checkpoint')} names {os.path.basename(tagged) or 'nothing'}, which cannot be read "
             f"({reason}): "
             + (f"resuming from {latest}, the latest whole checkpoint" if latest else "there is no whole checkpoint")
         )
         return latest
 
-    def _say(self, message: str) -> None:
-        # It is asked several times when a training is resumed.
-        if message != self._said:
+    def _warn_once(self, message: str) -> None:
+        # Resuming asks for the checkpoint several times.
+        if message != self._last_warning:
             self.logger.warning(message)
-            self._said = message
+            self._last_warning = message
 
-    def _load_file(self, filename: str):
+    def _load_file(self, filename: str) -> dict[str, Any]:
         loaded = read_checkpoint(filename, super()._load_file)
         check_finite(loaded["model"], filename)
         return loaded
 
 
-def _read(path: str) -> dict:
-    """What a checkpoint holds, its tensors not read before they are asked for."""
+def _read(path: str) -> dict[str, Any]:
+    """The content of a checkpoint, whose tensors are read from the disk only when they are used."""
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 class _WholeFiles:
-    """A path manager, whose local files appear when they are complete."""
+    """A path manager whose local files appear only when they are complete."""
 
     def __init__(self, path_manager):
         self._path_manager = path_manager
@@ -150,14 +155,14 @@ class _WholeFiles:
     def __getattr__(self, name: str):
         return getattr(self._path_manager, name)
 
-    def open(self, path: str, mode: str = "r", **options):
+    def open(self, path: str, mode: str = "r", **options: Any):
         if "w" not in mode or "://" in path:
             return self._path_manager.open(path, mode, **options)
         return _write_whole(path, mode, options)
 
 
 @contextmanager
-def _write_whole(path: str, mode: str, options: dict):
+def _write_whole(path: str, mode: str, options: dict[str, Any]):
     with open_output(path) as file:
         if "b" in mode:
             yield file
@@ -165,5 +170,5 @@ def _write_whole(path: str, mode: str, options: dict):
             text = io.TextIOWrapper(file, **options)
             yield text
             text.flush()
-            # The file is closed where it was opened.
+            # `open_output` closes the file.
             text.detach()

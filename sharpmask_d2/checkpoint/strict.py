@@ -1,24 +1,31 @@
-"""Loading a checkpoint that has to be complete."""
+"""Loads checkpoints that must hold every parameter of the model."""
+
+from typing import Any, Optional
 
 from ..errors import UserError
 from .safe import SafeCheckpointer, list_names
 
 
 class StrictCheckpointer(SafeCheckpointer):
-    """A checkpointer for models that are run and not trained on: what the file lacks is an error, not a warning.
+    """A checkpointer for inference: a parameter that the file lacks is an error, not a warning.
 
-    Parameters that only the file has are left out, since one file may serve DeepMask and SharpMask.
+    Parameters that only the file has are ignored, because one file may serve DeepMask and SharpMask.
     """
 
-    def load(self, path: str, checkpointables=None) -> dict:
-        """
+    def load(self, path: str, checkpointables: Optional[list[str]] = None) -> dict[str, Any]:
+        """Load the parameters of a file into the model.
+
         Args:
-            path: anything that MODEL.WEIGHTS may be.
+            path: any value of MODEL.WEIGHTS.
+            checkpointables: names of further objects to load, as for Detectron2's checkpointer; all by default.
+
+        Returns:
+            What the file holds besides.
 
         Raises:
-            FileNotFoundError: no such file.
-            UserError: not a checkpoint, one of another model, or one with numbers that are not finite; the message names the file and the
-                parameters.
+            FileNotFoundError: the file does not exist.
+            UserError: the file is not a checkpoint, is from another model, or has numbers that are not finite; the message names the file
+                and the parameters.
         """
         try:
             return super().load(path, checkpointables)
@@ -36,10 +43,10 @@ class StrictCheckpointer(SafeCheckpointer):
         if missing or wrong:
             names = sorted({*missing, *wrong})
             raise _WrongModelError(f"it lacks, or has in another shape, {list_names(names)}")
-        # Not worth a warning here: see the class.
+        # These deserve no warning, see the class.
         incompatible.unexpected_keys.clear()
         return incompatible
 
 
 class _WrongModelError(Exception):
-    pass
+    """The checkpoint lacks parameters of the model; the message names them."""

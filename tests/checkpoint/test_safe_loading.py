@@ -47,7 +47,7 @@ def test_a_checkpoint_is_packed_without_running_code(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("content", [b"", b"text", None, {"model": 5}, {"model": {"a": 5}}, [1]])
-def test_what_is_no_checkpoint_is_named(tmp_path, content):
+def test_a_file_that_is_not_a_checkpoint_is_named(tmp_path, content):
     path = tmp_path / "model.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
