@@ -1,4 +1,4 @@
-"""Window masks: what the network says about windows, and their boxes, RLEs and bitmaps in the image."""
+"""Masks of windows with their boxes, RLEs and bitmaps in the image, and the proposals of an image as `Instances`."""
 
 from .proposals import build_proposals, rescale_proposals
 from .window_masks import WindowMasks

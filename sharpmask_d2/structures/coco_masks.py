@@ -1,7 +1,7 @@
-"""Masks in COCO's formats that come from outside, checked before pycocotools gets them.
+"""Checks masks in COCO's formats that come from files, before pycocotools reads them.
 
-pycocotools takes lengths and coordinates as they are: RLE that ends too early or goes on too long keeps it busy for ever, and polygons far
-outside of an image end the process.
+pycocotools does not check lengths and coordinates: with RLE that is too short or too long it may never return, and polygons far outside the
+image end the process.
 
 Shape letters: N RLEs, B characters and C counts of all of them together (a count is the length of a run of equal pixels).
 """
@@ -9,7 +9,7 @@ Shape letters: N RLEs, B characters and C counts of all of them together (a coun
 import math
 import reprlib
 from collections.abc import Sequence
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 from pycocotools import mask as mask_util
@@ -18,20 +18,20 @@ from pycocotools import mask as mask_util
 _MAX_DIGITS = 7
 _MAX_COUNT = 2**32 - 1
 _ALPHABET = bytes(range(48, 112))
-# Characters decoded at once: what a CPU's cache holds.
+# Characters decoded at a time, so that they fit a CPU's cache.
 _CHUNK = 2**16
 
-# How far outside of an image polygons may reach, in its longer sides.
+# How far polygons may reach outside an image, in units of its longer side.
 _MAX_DISTANCE = 10
-# For images whose size is not known.
+# Height and width assumed for images of unknown size.
 _LARGE_SIZE = (10_000, 10_000)
 
 
 class MaskError(ValueError):
-    """A mask that is not what COCO's formats allow. The message is the reason alone: the caller knows the file and the image.
+    """A mask is not valid in COCO's formats. The message holds the reason alone; the caller adds the file and the image.
 
     Attributes:
-        index: which of the masks that were given.
+        index: of the mask among those that were given.
     """
 
     def __init__(self, reason: str, index: int = 0):
@@ -39,22 +39,22 @@ class MaskError(ValueError):
         self.index = index
 
 
-def check_masks(segmentations: Sequence, image_sizes: Sequence) -> None:
-    """Check masks of one or of many images; nothing is decoded.
+def check_masks(segmentations: Sequence[Any], image_sizes: Sequence[Optional[Sequence[int]]]) -> None:
+    """Check masks of one or many images without decoding them.
 
     Args:
-        segmentations: masks in any of COCO's formats: lists of polygons (x0, y0, x1, y1, ...), dicts of size and counts.
-        image_sizes: (height, width) of the image of each, or None where it is not known.
+        segmentations: masks in any of COCO's formats: lists of polygons (x0, y0, x1, y1, ... in pixels), or dicts of size and counts.
+        image_sizes: (height, width) in pixels of the image of each mask, or None where it is not known.
 
     Raises:
-        MaskError: the first of those that pycocotools must not get.
+        MaskError: a mask is not valid; it is the first one, where several are not.
     """
     compressed, counts, expected = [], [], []
     image_size, size = None, None
     for index, (segmentation, of_image) in enumerate(zip(segmentations, image_sizes)):
         if of_image is not image_size:
             image_size, size = of_image, list(of_image or ())
-        # Of nearly all masks no more has to be looked at one by one.
+        # These cheap conditions hold for nearly all masks.
         if (
             not isinstance(segmentation, dict)
             or segmentation.get("size") != size
@@ -72,15 +72,18 @@ def check_masks(segmentations: Sequence, image_sizes: Sequence) -> None:
         raise MaskError(_fault_of_length(segmentations[index], found), index)
 
 
-def to_rle(segmentation: Union[list, dict], image_size: tuple) -> dict:
-    """The compressed RLE of a mask that `check_masks` has passed.
+def to_rle(segmentation: Union[list[list[float]], dict], image_size: tuple[int, int]) -> dict:
+    """The compressed RLE of a mask that `check_masks` accepts.
 
     Args:
-        segmentation: polygons or RLE. Polygons of fewer than three points are left out.
-        image_size: (height, width).
+        segmentation: polygons or RLE. Polygons of fewer than three points are ignored.
+        image_size: (height, width) in pixels.
+
+    Returns:
+        Dict of size and counts, as pycocotools has it.
 
     Raises:
-        MaskError: there is no polygon of three points or more.
+        MaskError: no polygon has three points or more.
     """
     if isinstance(segmentation, dict):
         if isinstance(segmentation["counts"], list):
@@ -92,21 +95,21 @@ def to_rle(segmentation: Union[list, dict], image_size: tuple) -> dict:
     return mask_util.merge(mask_util.frPyObjects(polygons, *image_size))
 
 
-def whole_polygons(polygons: list) -> list:
-    """The polygons that have three points or more, and a y to every x."""
+def whole_polygons(polygons: list[list[float]]) -> list[list[float]]:
+    """The polygons that have at least three points and an even number of coordinates."""
     return [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
 
 
-def count_pixels(counts: list) -> np.ndarray:
-    """How many pixels RLEs run over.
+def count_pixels(counts: Sequence[Union[str, bytes]]) -> np.ndarray:
+    """The number of pixels, foreground and background together, that compressed RLEs describe.
 
     Args:
-        counts: N texts, of str or bytes.
+        counts: of N RLEs.
 
     Returns:
         (N,) int64; -1 for text that is not RLE.
     """
-    # What is no character of RLE stays none: pycocotools' are a part of ASCII.
+    # RLE uses ASCII characters only, so that encoding turns no other character into one of them.
     texts = [text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text for text in counts]
     joined = b"".join(texts)
     good = range(len(texts))
@@ -119,7 +122,7 @@ def count_pixels(counts: list) -> np.ndarray:
         return pixels
     digits = np.frombuffer(joined, np.uint8) - np.uint8(48)
     ends = np.cumsum([len(text) for text in texts])
-    # A digit of 32 and more is followed by another one of the same number.
+    # A digit of 32 or above is followed by another digit of the same number.
     whole = np.flatnonzero(digits[ends - 1] < 32)
     if len(whole) < len(texts):
         good = [good[i] for i in whole]
@@ -136,12 +139,12 @@ def count_pixels(counts: list) -> np.ndarray:
 
 
 def _count(digits: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """`count_pixels` of digits (B,) uint8 of whole numbers, the digits of each text up to `ends` (N,)."""
+    """`count_pixels` of complete numbers, given by their digits (B,) uint8; the digits of each text end at `ends` (N,)."""
     last = np.flatnonzero(digits < 32)
     # The fifth bit of the last digit is the sign.
     numbers = ((digits[last] ^ 16).view(np.int8) - np.int8(16)).astype(np.int64)
     lengths = np.diff(last, prepend=-1)
-    # Digits before the last one, from the highest to the lowest.
+    # The digits before the last one, from the highest to the lowest.
     longer = np.flatnonzero(lengths > 1)
     place, left = last[longer], lengths[longer] - 1
     most = int(left.max(initial=0))
@@ -151,14 +154,15 @@ def _count(digits: np.ndarray, ends: np.ndarray) -> np.ndarray:
         left = left - 1
         more = np.flatnonzero(left)
         longer, place, left = longer[more], place[more], left[more]
-    # (N,): where in C the numbers of each text end and start.
+    # (N,): where the numbers of each text end and start among the C counts.
     stops = np.searchsorted(last, ends)
     starts = np.concatenate([[0], stops[:-1]])
     pixels = numbers[starts]
     bad = pixels < 0
     if most >= _MAX_DIGITS:
         bad |= np.maximum.reduceat(lengths, starts) > _MAX_DIGITS
-    # From the fourth on, a number is the difference from the one two before it: so are these two chains of sums, but for the first number.
+    # From the fourth on, a number is the difference from the count two places before: the counts are two interleaved cumulative sums, apart
+    # from the first number.
     numbers[starts] = 0
     for parity in (0, 1):
         sums = np.cumsum(numbers[parity::2])
@@ -169,15 +173,15 @@ def _count(digits: np.ndarray, ends: np.ndarray) -> np.ndarray:
         begin, end = begin[some], end[some]
         before = np.where(begin > 0, sums[begin - 1], 0)
         bad[some] |= np.minimum.reduceat(sums, begin) < before
-        # Of fewer, the sum below cannot overflow.
+        # With fewer numbers, the sum below cannot overflow.
         if (end - begin).max() >= 2**13:
             bad[some] |= np.maximum.reduceat(sums, begin) - before > _MAX_COUNT
         pixels[some] += np.add.reduceat(sums, begin) - (end - begin) * before
     return np.where(bad, -1, pixels)
 
 
-def _fault(segmentation, image_size: Optional[tuple]) -> str:
-    """Why pycocotools must not get a mask, or nothing; the runs of compressed RLE are not looked at."""
+def _fault(segmentation: Any, image_size: Optional[Sequence[int]]) -> str:
+    """Why a mask is not valid, or an empty text. The runs of compressed RLE are not checked here."""
     if isinstance(segmentation, dict):
         return _fault_of_rle(segmentation, image_size)
     if isinstance(segmentation, (list, tuple)):
@@ -185,7 +189,7 @@ def _fault(segmentation, image_size: Optional[tuple]) -> str:
     return f"is {_shown(segmentation)}, neither polygons nor RLE"
 
 
-def _fault_of_rle(rle: dict, image_size: Optional[tuple]) -> str:
+def _fault_of_rle(rle: dict, image_size: Optional[Sequence[int]]) -> str:
     size, counts = rle.get("size"), rle.get("counts")
     if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
         return f"has the RLE size {_shown(size)}, not height and width"
@@ -209,7 +213,7 @@ def _fault_of_length(rle: dict, found: int) -> str:
     return f"is broken RLE: counts {_shown(rle['counts'])} {runs}, its size is {size}"
 
 
-def _fault_of_polygons(polygons: Sequence, image_size: tuple) -> str:
+def _fault_of_polygons(polygons: Sequence[Any], image_size: Sequence[int]) -> str:
     longer = max(image_size)
     for polygon in polygons:
         if not hasattr(polygon, "__len__") or isinstance(polygon, (str, bytes, dict)):
@@ -227,18 +231,18 @@ def _fault_of_polygons(polygons: Sequence, image_size: tuple) -> str:
                 f"has a polygon with a coordinate that is not finite or lies far outside of its image of "
                 f"{image_size[1]} x {image_size[0]} pixels: {_shown([low, high])} are its lowest and its highest"
             )
-        # pycocotools allocates memory for every pixel of an outline; this bounds most outlines without looking at them.
+        # pycocotools allocates memory for every pixel of an outline. The first condition is a cheap bound that most outlines meet.
         if len(polygon) * (high - low) > math.prod(image_size) and _outline(polygon) > _longest(image_size):
             return f"has a polygon of {len(polygon) // 2} points whose outline is longer than its image has pixels"
     return ""
 
 
-def _outline(polygon: Sequence) -> float:
+def _outline(polygon: Sequence[float]) -> float:
     points = np.asarray(polygon[: len(polygon) // 2 * 2], dtype=np.float64).reshape(-1, 2)
     return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
 
 
-def _longest(image_size: tuple) -> float:
+def _longest(image_size: Sequence[int]) -> float:
     return math.prod(image_size) + 2 * (2 * _MAX_DISTANCE + 1) * sum(image_size)
 
 
@@ -246,5 +250,5 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 60
 
 
-def _shown(value) -> str:
+def _shown(value: Any) -> str:
     return _REPR.repr(value)

@@ -1,4 +1,4 @@
-"""Proposals of an image as Instances.
+"""Builds the proposals of an image as `Instances`, and rescales them with the image.
 
 Shape letters: N proposals.
 """
@@ -18,25 +18,27 @@ from .window_masks import WindowMasks
 def build_proposals(
     scores: Tensor, masks: WindowMasks, *, nms_thresh: float, stability: bool = False, mask_nms: bool = False
 ) -> Instances:
-    """Proposals out of window masks and their scores.
+    """The proposals of an image, from window masks and their scores.
 
     Args:
         scores: (N,) logits, highest first.
-        masks: N masks.
-        nms_thresh: IoU of boxes above which the lower score goes; 1 keeps all.
-        stability: multiply the probability of a proposal by the stability of its mask (see `mask_stability`), and sort anew.
-        mask_nms: lower the scores of proposals whose masks overlap better ones (see `mask_nms.matrix_nms`), and sort anew.
+        masks: N masks of the image.
+        nms_thresh: IoU of two boxes above which non-maximum suppression removes the proposal with the lower score; 1 keeps all.
+        stability: multiply the probability of each proposal by the stability of its mask (see `mask_stability`) and sort again; False by
+            default.
+        mask_nms: lower the scores of proposals whose masks overlap those of better ones (see `mask_nms.matrix_nms`) and sort again; False
+            by default.
 
     Returns:
-        Instances in the frame of the masks' image, best first: proposal_boxes (Boxes, tight), objectness_logits, proposal_masks
-        (WindowMasks). Empty masks are left out.
+        Instances in the frame of the masks' image, highest score first: proposal_boxes (Boxes, tight), objectness_logits, proposal_masks
+        (WindowMasks). Proposals with an empty mask or a score that is not finite are left out.
     """
     if stability:
         scores = log_to_logit(F.logsigmoid(scores.float()) + mask_stability(masks).log())
         scores, order = scores.sort(descending=True)
         masks = masks[order]
     boxes = masks.boxes()
-    # Beside finite scores: a training that diverges is for the losses to show.
+    # Scores that are not finite are left out: a training that diverges is reported by its losses.
     keep = boxes.nonempty() & scores.isfinite()
     if nms_thresh < 1:
         candidates = keep.nonzero()[:, 0]
@@ -56,14 +58,15 @@ def build_proposals(
 
 
 def rescale_proposals(proposals: Instances, height: Optional[int], width: Optional[int]) -> Instances:
-    """Proposals in the frame of the image resized to another size.
+    """Proposals in the frame of the resized image.
 
     Args:
-        proposals: proposal_boxes, proposal_masks (WindowMasks) and objectness_logits.
-        height, width: in pixels; None leaves the side as it is.
+        proposals: with proposal_boxes, proposal_masks (WindowMasks) and objectness_logits.
+        height, width: of the resized image in pixels; None keeps the side.
 
     Returns:
-        Instances with tight proposal_boxes of the masks; without those whose mask has no pixel there.
+        Instances in the frame of the resized image, with the tight boxes of the resized masks. Proposals whose mask has no pixel there are
+        left out.
     """
     old_height, old_width = proposals.image_size
     size = height or old_height, width or old_width

@@ -1,4 +1,4 @@
-"""Runs of foreground pixels to the compressed run-length strings of pycocotools, vectorised over all masks.
+"""Turns runs of foreground pixels into boxes, bitmaps and the compressed RLE of pycocotools, vectorised over all masks.
 
 Shape letters:
     N: masks                R: runs of all masks together
@@ -15,36 +15,39 @@ __all__ = ["Runs", "boxes_and_areas", "encode_runs", "fill_positions", "fill_run
 
 
 class Runs(NamedTuple):
-    """Foreground of N masks as half-open runs of positions, each run within one image column.
+    """The foreground of N masks as runs of positions, each run within one image column."""
 
-    Attributes:
-        starts: (R,) long, ordered by mask, then by position.
-        ends: (R,) long, position after the run's last pixel; runs of one mask touch but never overlap.
-        per_mask: (N,) long, number of runs of each mask, summing to R.
-    """
+    starts: torch.Tensor  # (R,) long, position of a run's first pixel, ordered by mask and by position
+    ends: torch.Tensor  # (R,) long, position after a run's last pixel; runs of a mask may touch but do not overlap
+    per_mask: torch.Tensor  # (N,) long, number of runs of each mask; the sum is R
 
-    starts: torch.Tensor
-    ends: torch.Tensor
-    per_mask: torch.Tensor
+    def select(self, item: Union[slice, torch.Tensor, list[int]]) -> "Runs":
+        """The runs of some masks.
 
-    def select(self, item: Union[slice, torch.Tensor, list]) -> "Runs":
-        """Runs of the masks that a slice, a bool or a long tensor or a list of numbers chooses, in its order."""
+        Args:
+            item: which masks, in which order: a slice, a bool or long tensor, or a list of indices.
+        """
         begins, per_mask = (self.per_mask.cumsum(0) - self.per_mask)[item], self.per_mask[item]
         shifts = torch.repeat_interleave(begins - per_mask.cumsum(0) + per_mask, per_mask)
         index = torch.arange(len(shifts), device=shifts.device) + shifts
         return Runs(self.starts[index], self.ends[index], per_mask)
 
     def owners(self) -> torch.Tensor:
-        """(R,) long, the mask each run belongs to."""
+        """(R,) long, the index of the mask of each run."""
         masks = torch.arange(len(self.per_mask), device=self.starts.device)
         return torch.repeat_interleave(masks, self.per_mask, output_size=len(self.starts))
 
 
 def boxes_and_areas(runs: Runs, height: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tight boxes and pixel counts.
+    """Tight boxes and areas of masks.
+
+    Args:
+        runs: of N masks.
+        height: H in pixels.
 
     Returns:
-        boxes (N, 4) float32 XYXY, last pixel + 1, all zeros for an empty mask; areas (N,) long.
+        boxes: (N, 4) float32 XYXY in pixels of the image (first pixel, last pixel + 1), zeros for an empty mask.
+        areas: (N,) long, number of foreground pixels.
     """
     owners = runs.owners()
     column = torch.div(runs.starts, height, rounding_mode="floor")
@@ -57,14 +60,30 @@ def boxes_and_areas(runs: Runs, height: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def fill_runs(runs: Runs, image_size: tuple[int, int]) -> torch.Tensor:
-    """Bitmaps, (N, H, W) bool."""
+    """Bitmaps of masks.
+
+    Args:
+        runs: of N masks.
+        image_size: (H, W) in pixels.
+
+    Returns:
+        (N, H, W) bool.
+    """
     height, width = image_size
     inside = fill_positions(runs, height * width)
     return inside.reshape(len(inside), width, height).transpose(1, 2).bool().contiguous()
 
 
 def fill_positions(runs: Runs, length: int) -> torch.Tensor:
-    """Bitmaps as rows of positions, (N, `length`) int8 of 0 and 1."""
+    """Bitmaps as rows of positions.
+
+    Args:
+        runs: of N masks.
+        length: number of positions, H * W.
+
+    Returns:
+        (N, length) int8 of 0 and 1.
+    """
     num_masks = len(runs.per_mask)
     steps = torch.zeros(num_masks * (length + 1), dtype=torch.int8, device=runs.starts.device)
     base = runs.owners() * (length + 1)
@@ -74,10 +93,14 @@ def fill_positions(runs: Runs, length: int) -> torch.Tensor:
 
 
 def encode_runs(runs: Runs, image_size: tuple[int, int]) -> list[dict]:
-    """pycocotools' compressed format, character for character what its encode() makes of the bitmaps.
+    """The compressed RLE of masks, equal in every character to pycocotools' encode() of the bitmaps.
+
+    Args:
+        runs: of N masks.
+        image_size: (H, W) in pixels.
 
     Returns:
-        N dicts {"size": [H, W], "counts": str}: text, as in COCO's result files, so that they can be written as JSON.
+        N dicts {"size": [H, W], "counts": str}. Counts are text, as in COCO's result files, so that they can be written as JSON.
     """
     height, width = image_size
     counts, per_mask = _counts(_join(runs), height * width)
@@ -87,9 +110,11 @@ def encode_runs(runs: Runs, image_size: tuple[int, int]) -> list[dict]:
 
 
 def _join(runs: Runs) -> Runs:
-    """Runs that touch (bottom of a column and top of the next, or a gap without a pixel) become one."""
+    """Join the runs of a mask that touch, such as at the bottom of a column and the top of the next."""
     owners = runs.owners()
-    broken = torch.ones(len(owners) + 1, dtype=torch.bool, device=owners.device)  # is there a break before run r?
+    broken = torch.ones(
+        len(owners) + 1, dtype=torch.bool, device=owners.device
+    )  # whether there is a break before each run
     broken[1:-1] = (runs.ends[:-1] != runs.starts[1:]) | (owners[:-1] != owners[1:])
     breaks = broken.nonzero()[:, 0]
     first, last = breaks[:-1], breaks[1:] - 1
@@ -98,25 +123,26 @@ def _join(runs: Runs) -> Runs:
 
 
 def _counts(runs: Runs, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Joined runs to counts.
+    """The counts of joined runs.
 
     Returns:
-        counts (C,) int32 or long, per_mask (N,) long number of counts of each mask.
+        counts: (C,) int32 or long.
+        per_mask: (N,) long, number of counts of each mask.
     """
     stops = runs.per_mask.cumsum(0)
-    # A mask that reaches the last pixel has no count of background after it, even of zero.
+    # A mask that reaches the last pixel ends with a count of foreground, not with a zero count of background.
     full = torch.zeros_like(runs.per_mask, dtype=torch.bool)
     some = runs.per_mask > 0
     full[some] = runs.ends[stops[some] - 1] == length
     per_mask = 2 * runs.per_mask + (~full).long()
     last = per_mask.cumsum(0) - 1  # (N,) index of each mask's last count
-    # Runs before it come with two edges each, masks before it with a tail edge each unless full.
+    # Before a run lie two edges of each earlier run, and one last edge of each earlier mask that is not full.
     tails = torch.repeat_interleave((~full).cumsum(0) - (~full).long(), runs.per_mask, output_size=len(runs.starts))
     index = torch.arange(0, 2 * len(tails), 2, device=tails.device) + tails
     dtype = torch.int32 if length < 2**31 else torch.int64
     num_edges = int(last[-1]) + 1 if len(last) else 0
-    edges = torch.empty(num_edges, dtype=dtype, device=tails.device)  # where colours change
-    edges[last] = length  # a full mask ends there as well
+    edges = torch.empty(num_edges, dtype=dtype, device=tails.device)  # positions at which the mask changes
+    edges[last] = length  # the last edge of a full mask is the end of its last run
     edges.scatter_(0, index, runs.starts.to(dtype)).scatter_(0, index + 1, runs.ends.to(dtype))
     counts = edges.clone()
     counts[1:] -= edges[:-1]
@@ -126,10 +152,11 @@ def _counts(runs: Runs, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _compress(counts: torch.Tensor, per_mask: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """Counts to COCO's strings: differences to the count two before, in groups of five bits, lowest first.
+    """Counts as COCO's strings: differences from the count two places before, in groups of five bits, lowest first.
 
     Returns:
-        the strings of all masks joined, and (N,) long on the CPU: where in it each mask's string stops.
+        text: the strings of all masks, joined.
+        stops: (N,) long on the CPU, position in the text at which each mask's string ends.
     """
     stops = per_mask.cumsum(0)
     begins = stops - per_mask

@@ -1,16 +1,16 @@
-"""Masks of windows: a grid of logits and the window of the image it covers, pasted only when someone asks.
+"""Masks of windows: a grid of logits with the window of the image that it covers. Pixels are computed only on request.
 
 Shape letters:
     N: window masks         M: side of the logit grid
     H, W: image height and width
     B: windows of a chunk   K: image columns of all windows of a chunk
-    G: knots a chunk needs at most          R: runs of foreground knots in columns, an edge at each end
+    G: maximum number of knots of a window in a chunk       R: runs of foreground knots in columns, with an edge at each end
 
-How masks become runs: bilinear interpolation is separable. Interpolated along x only, each image column is a
-piecewise linear function of y whose knots are the grid rows. Where it crosses the threshold follows from the two
-knots beside the crossing, so that pixels are never looked at: a column costs G knots, not its height, and the boxes,
-areas, RLEs and bitmaps all come from the same runs and agree to the pixel.
-Small windows have fewer pixel rows than grid rows: there the knots are the pixel rows, interpolated along y before.
+How masks become runs: bilinear interpolation is separable. After interpolation along x alone, each image column is a piecewise linear
+function of y whose knots are the grid rows. The position at which it crosses the threshold follows from the knots on both sides of the
+crossing, so that no pixel has to be interpolated: a column costs G knots, not its height. Boxes, areas, RLEs and bitmaps all come from the
+same runs and agree to the pixel. In small windows, which have fewer pixel rows than grid rows, the knots are the pixel rows, and their
+logits are interpolated along y first.
 """
 
 import math
@@ -25,28 +25,29 @@ from .rle import Runs, boxes_and_areas, encode_runs, fill_positions, fill_runs
 
 __all__ = ["WindowMasks"]
 
-# Knots interpolated at once: on a CPU what fits its cache, elsewhere enough to keep the device busy.
+# Knots interpolated at a time: as many as fit a CPU's cache, or enough to occupy another device.
 CHUNK_CPU = 2**19
 CHUNK_DEVICE = 2**24
-# Grid rows whose foreground is looked for together, at most; a power of two.
+# Maximum number of grid rows that are searched for foreground together; a power of two.
 _ROWS = 8
-# Windows with fewer pixel rows than this share of their grid rows are interpolated at pixel rows, the others at grid rows.
+# Windows whose pixel rows are fewer than this share of their grid rows are interpolated at pixel rows, the others at grid rows.
 _FEW_PIXELS = 0.75
 
 
 class WindowMasks:
-    """N window masks of one image; a field of :class:`detectron2.structures.Instances`. Not to be changed in place: what the masks are in
-    pixels is found once, when first asked for.
+    """N window masks of one image; a field of :class:`detectron2.structures.Instances`.
 
-    The pixel in row r and column c belongs to mask n if its centre (c + 0.5, r + 0.5) lies in the image and in window n
-    (left and top edges included, right and bottom ones not) and the logit interpolated there is above the threshold.
-    Cell (i, j) of the grid (row i, column j) has its centre at ((j + 0.5) / M, (i + 0.5) / M) of the window;
-    interpolation is bilinear, and beyond the outermost centres the outermost cells continue.
+    The pixel in row r and column c belongs to mask n if its centre (c + 0.5, r + 0.5) lies in the image and in window n (left and top edges
+    included, right and bottom edges excluded) and the logit interpolated there is above the threshold. Cell (i, j) of the grid (row i,
+    column j) has its centre at ((j + 0.5) / M, (i + 0.5) / M) of the window. Interpolation is bilinear; beyond the outermost centres, the
+    logits of the outermost cells continue.
+
+    The runs of pixels are computed once, on the first request. The tensors must therefore not be changed in place.
 
     Attributes:
         logits: (N, M, M), floating point.
-        windows: (N, 4), XYXY in pixels of the image.
-        image_size: (H, W).
+        windows: (N, 4) XYXY in pixels of the image.
+        image_size: (H, W) in pixels.
         threshold: logit above which a pixel is foreground.
     """
 
@@ -61,14 +62,13 @@ class WindowMasks:
         """
         Args:
             logits: (N, M, M) finite mask logits, float32, float16 or bfloat16.
-            windows: (N, 4) XYXY window boxes in pixels, in the frame of the image of size `image_size`, continuous
-                coordinates; may be non-square and lie partly or wholly outside the image. A window without area or
-                with a coordinate that is not finite has an empty mask.
+            windows: (N, 4) XYXY windows in pixels of the image (continuous coordinates). They need not be square and may lie partly or
+                wholly outside the image. A window without area or with a coordinate that is not finite has an empty mask.
             image_size: (H, W) of the image in pixels, both positive.
             threshold: finite logit above which an interpolated logit is foreground; the default is the logit of 0.2.
 
         Raises:
-            ValueError: for wrong shapes, types, devices or sizes, or no finite threshold; the message names the argument.
+            ValueError: an argument has a wrong shape, type, device or value; the message names it.
         """
         if logits.dim() != 3 or logits.shape[1] != logits.shape[2] or logits.shape[1] == 0:
             raise ValueError(f"logits must be (N, M, M) with M > 0, got {tuple(logits.shape)}")
@@ -97,7 +97,14 @@ class WindowMasks:
         return len(self.logits)
 
     def __getitem__(self, item: Union[int, slice, torch.Tensor]) -> "WindowMasks":
-        """Masks chosen by an int (which keeps a leading dimension of 1), a slice, or a bool or long tensor."""
+        """Some of the masks.
+
+        Args:
+            item: which masks: an int (the result has one mask), a slice, or a bool or long tensor.
+
+        Raises:
+            IndexError: an int is out of range.
+        """
         if isinstance(item, numbers.Integral):
             if not -len(self) <= item < len(self):
                 raise IndexError(f"index {item} is out of range for {len(self)} window masks")
@@ -105,7 +112,7 @@ class WindowMasks:
         if isinstance(item, slice):
             chosen = self._like(self.logits[item], self.windows[item])
         else:
-            # On a CPU index_select copies rows several times as fast as indexing does.
+            # On a CPU, index_select copies rows several times as fast as indexing.
             item = torch.arange(len(self), device=self.device)[item]
             chosen = self._like(self.logits.index_select(0, item), self.windows.index_select(0, item))
         if self._known_runs is not None:
@@ -131,10 +138,13 @@ class WindowMasks:
 
     @staticmethod
     def cat(masks: Sequence["WindowMasks"]) -> "WindowMasks":
-        """All masks of several sets in one.
+        """Concatenate several sets of masks.
+
+        Args:
+            masks: sets of one image size, threshold and grid.
 
         Raises:
-            ValueError: for no set at all, or sets that differ in image size, threshold or mask side.
+            ValueError: there is no set, or the sets differ in image size, threshold or grid.
         """
         if not masks:
             raise ValueError("cat needs at least one WindowMasks")
@@ -153,80 +163,82 @@ class WindowMasks:
     # ------------------------------------------------------------------ other frames
 
     def scale(self, scale_x: float, scale_y: float, image_size: tuple[int, int]) -> "WindowMasks":
-        """The same masks in the frame of the resized image.
+        """The masks in the frame of the resized image.
 
         Args:
-            scale_x, scale_y: new over old width and height.
-            image_size: (H, W) of the resized image.
+            scale_x: new width divided by old width.
+            scale_y: new height divided by old height.
+            image_size: (H, W) of the resized image in pixels.
         """
         factors = self.windows.new_tensor([scale_x, scale_y, scale_x, scale_y])
         return WindowMasks(self.logits, self.windows * factors, image_size, threshold=self.threshold)
 
     def hflip(self) -> "WindowMasks":
-        """The same masks in the frame of the image mirrored left to right.
+        """The masks in the frame of the image mirrored left to right.
 
-        Equal to the mirrored bitmaps but where a window's side runs exactly through pixel centres: left ones count.
+        Pasted, they equal the mirrored bitmaps, except where an edge of a window runs exactly through pixel centres: pixels on the left
+        edge belong to the window, those on the right edge do not.
         """
         x0, y0, x1, y1 = self.windows.unbind(1)
         width = self.image_size[1]
         return self._like(self.logits.flip(2), torch.stack([width - x1, y0, width - x0, y1], dim=1))
 
-    # ------------------------------------------------------------------ what the masks are in pixels
+    # ------------------------------------------------------------------ masks in pixels
 
     def encode(self) -> tuple[Boxes, torch.Tensor, list[dict]]:
-        """Boxes, areas and RLEs in one pass: see boxes(), areas() and rle()."""
+        """Boxes, areas and RLEs in one pass, see `boxes`, `areas` and `rle`."""
         runs = self._runs()
         boxes, areas = boxes_and_areas(runs, self.image_size[0])
         return Boxes(boxes), areas, encode_runs(runs, self.image_size)
 
     def boxes(self) -> Boxes:
-        """Tight XYXY boxes in pixels (first pixel, last pixel + 1), all zeros where a mask is empty."""
+        """Tight XYXY boxes in pixels of the image (first pixel, last pixel + 1); zeros for an empty mask."""
         return Boxes(boxes_and_areas(self._runs(), self.image_size[0])[0])
 
     def areas(self) -> torch.Tensor:
-        """(N,) long, number of foreground pixels."""
+        """(N,) long, number of foreground pixels of each mask."""
         return boxes_and_areas(self._runs(), self.image_size[0])[1]
 
     def nonempty(self) -> torch.Tensor:
-        """(N,) bool, whether a mask has a pixel."""
+        """(N,) bool, whether each mask has a foreground pixel."""
         return self._runs().per_mask > 0
 
     def rle(self) -> list[dict]:
-        """N dicts {"size": [H, W], "counts": str} in pycocotools' compressed format, which can be written as JSON."""
+        """N dicts {"size": [H, W], "counts": str}: pycocotools' compressed RLE, with counts as text so that JSON can hold them."""
         return encode_runs(self._runs(), self.image_size)
 
     def paste(self, indices: Union[int, slice, torch.Tensor, None] = None) -> torch.Tensor:
-        """Full-image bitmaps.
+        """Bitmaps of the full image.
 
         Args:
-            indices: which masks, in any form that [] takes; all of them by default.
+            indices: which masks, in any form that `masks[indices]` accepts; all by default.
 
         Returns:
-            (n, H, W) bool.
+            (number of masks chosen, H, W) bool.
         """
         chosen = self if indices is None else self[indices]
         return fill_runs(chosen._runs(), self.image_size)
 
     def pixels(self) -> torch.Tensor:
-        """The same as rows of all pixels, column by column as in COCO: (N, W * H) int8 of 0 and 1."""
+        """Bitmaps as rows of pixels in COCO's order, column by column: (N, W * H) int8 of 0 and 1."""
         height, width = self.image_size
         return fill_positions(self._runs(), height * width)
 
     def _runs(self) -> Runs:
-        """The foreground of all masks as runs of pixels in image columns; found once."""
+        """The foreground of all masks as runs of pixels in image columns; computed once."""
         if self._known_runs is None:
             self._known_runs = self._find_runs()
         return self._known_runs
 
     @torch.no_grad()
     def _find_runs(self) -> Runs:
-        # As float32, so that every comparison and every crossing uses the same number.
+        # Rounded to float32, so that every comparison and every crossing uses one number.
         threshold = float(torch.tensor(self.threshold, dtype=torch.float32))
         active, parts = _foreground_parts(self.logits, self.windows, self.image_size, threshold)
         side = self.logits.shape[-1]
         few = parts.row_hi - parts.row_lo < _FEW_PIXELS * parts.num_rows
         knots = torch.where(few, parts.row_hi - parts.row_lo, parts.num_rows)
-        order = (knots + 2 * side * few).argsort()  # windows of a chunk share G, and what their knots are
+        order = (knots + 2 * side * few).argsort()  # the windows of a chunk share G and the kind of knots
         active, parts, few, knots = active[order], parts.select(order), few[order], knots[order]
         columns = _image_columns(parts, side)
         pieces = []
@@ -242,7 +254,7 @@ class WindowMasks:
         counts = active.new_zeros(len(self))
         if not pieces:
             return Runs(active.new_zeros(0), active.new_zeros(0), counts)
-        # Pixel rows as knots: the one before a window's first is that before its first pixel row.
+        # Where knots are pixel rows, the knot before the first one is the row before the first pixel row.
         parts = parts._replace(
             y0=torch.where(few, parts.row_lo.double(), parts.y0),
             cell_h=torch.where(few, 1.0, parts.cell_h),
@@ -251,7 +263,7 @@ class WindowMasks:
         runs = _crossings(_Edges(*map(torch.cat, zip(*pieces))), columns, parts, threshold, self.image_size[0])
         per_mask = runs.per_mask
         counts[active] = per_mask
-        # From the order of the chunks to that of the masks: a shift per mask, no sort of the runs.
+        # Back from the order of the chunks to that of the masks: one shift per mask, without sorting the runs.
         shifts = active.new_zeros(len(self))
         shifts[active] = per_mask.cumsum(0) - per_mask
         shifts -= counts.cumsum(0) - counts
@@ -261,7 +273,7 @@ class WindowMasks:
 
 
 class _Parts(NamedTuple):
-    """The part of each window that can hold foreground, all tensors (B,)."""
+    """The part of each window that may hold foreground; all tensors are (B,)."""
 
     col_lo: torch.Tensor  # long, first image column
     col_hi: torch.Tensor  # long, image column after the last
@@ -281,17 +293,22 @@ class _Parts(NamedTuple):
 def _foreground_parts(
     logits: torch.Tensor, windows: torch.Tensor, image_size: tuple[int, int], threshold: float
 ) -> tuple[torch.Tensor, _Parts]:
-    """Windows that can have foreground pixels, (B,) long, and where these can be."""
+    """The windows that may have foreground pixels.
+
+    Returns:
+        active: (B,) long, indices of these windows.
+        parts: the part of each that may hold foreground.
+    """
     height, width = image_size
     side = logits.shape[-1]
-    # Of several rows at once: more rows than need be cost little, a second pass over the logits more.
+    # Groups of rows: a few rows too many cost less than a second pass over the logits.
     group = math.gcd(side, _ROWS)
     greatest = _greatest(logits.unflatten(1, (-1, group)), 2).float()
     columns = _extent(greatest.amax(1) > threshold)
     rows = _extent(greatest.amax(2) > threshold)
     rows[:2] *= group
     rows[1] += group - 1
-    x0, y0, x1, y1 = windows.double().unbind(1)  # double: pixel ranges are exact
+    x0, y0, x1, y1 = windows.double().unbind(1)  # in double precision, pixel ranges are exact
     cell_w, cell_h = (x1 - x0) / side, (y1 - y0) / side
     col_lo, col_hi = _pixel_range(x0, x1, cell_w, columns, side, width)
     row_lo, row_hi = _pixel_range(y0, y1, cell_h, rows, side, height)
@@ -307,7 +324,7 @@ def _foreground_parts(
 
 
 def _greatest(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """x.amax(dim) for few entries: on a CPU two tensors are compared faster than one is reduced."""
+    """x.amax(dim) for a short dimension: on a CPU, comparing two tensors is faster than reducing one."""
     first, *others = x.unbind(dim)
     greatest = first.clone()
     for other in others:
@@ -316,7 +333,7 @@ def _greatest(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _extent(filled: torch.Tensor) -> torch.Tensor:
-    """First and last true index of each row of filled (N, M), and whether there is one: (3, N) long."""
+    """(3, N) long for rows (N, M) bool: first true index, last true index, and whether there is one."""
     filled = filled.byte()
     last = filled.shape[1] - 1 - filled.flip(1).argmax(1)
     return torch.stack([filled.argmax(1), last, filled.amax(1).long()])
@@ -325,15 +342,20 @@ def _extent(filled: torch.Tensor) -> torch.Tensor:
 def _pixel_range(
     low: torch.Tensor, high: torch.Tensor, cell: torch.Tensor, extent: torch.Tensor, side: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels along one axis that lie in the image, in the window and within a cell of the foreground, [first, after).
+    """The pixels along one axis that lie in the image, in the window and next to its foreground cells.
 
     Args:
-        low, high: (N,) double, edges of the windows, pixels.
-        cell: (N,) double, length of a grid cell, pixels.
-        extent: (3, N), first and last foreground cell.
-        size: pixels of the image along the axis.
+        low, high: (N,) double, edges of the windows in pixels.
+        cell: (N,) double, length of a grid cell in pixels.
+        extent: (3, N), first and last foreground cell, see `_extent`.
+        side: M.
+        size: of the image along the axis in pixels.
+
+    Returns:
+        first: (N,) double, first pixel.
+        after: (N,) double, pixel after the last.
     """
-    # A cell weighs in up to the centres of its neighbours; one pixel more covers rounding and the outermost cells.
+    # A cell contributes up to the centres of its neighbours. One pixel more allows for rounding and the outermost cells.
     near = (low + (extent[0] - 0.5) * cell - 0.5).floor()
     far = (low + (extent[1] + 1.5) * cell - 0.5).floor() + 1
     first = torch.maximum((low - 0.5).ceil(), near)
@@ -342,9 +364,16 @@ def _pixel_range(
 
 
 def _chunks(num_rows: torch.Tensor, widths: torch.Tensor, budget: int, split: int) -> Iterator[slice]:
-    """Cuts windows, ordered by their num_rows (B,) before and from number `split` on, into chunks of about `budget` knots.
+    """Cut windows into chunks of about `budget` knots.
 
-    A chunk also ends where num_rows passes a power of two, so that padding to the greatest at most doubles its size.
+    The windows before number `split` and those from it on are each in the order of num_rows. A chunk also ends where num_rows passes a
+    power of two, so that padding to the largest num_rows at most doubles its size.
+
+    Args:
+        num_rows: (B,) number of knots of a column.
+        widths: (B,) number of columns.
+        budget: maximum number of knots of a chunk, unless a single window has more.
+        split: no chunk holds windows from both sides of it.
     """
     if len(num_rows) == 0:
         return
@@ -359,20 +388,20 @@ def _chunks(num_rows: torch.Tensor, widths: torch.Tensor, budget: int, split: in
 
 
 class _Columns(NamedTuple):
-    """The image columns of windows, window by window, all tensors (K,)."""
+    """The image columns of windows, window by window; all tensors are (K,)."""
 
-    window: torch.Tensor  # long, which of the windows
+    window: torch.Tensor  # long, index of the window
     at: torch.Tensor  # long, column of the image
     left: torch.Tensor  # long, grid column whose centre is at or before the pixel's
-    right: torch.Tensor  # long, the one after it
-    weight: torch.Tensor  # float32, of the right one
+    right: torch.Tensor  # long, grid column after it
+    weight: torch.Tensor  # float32, of the grid column on the right
 
     def select(self, item: slice) -> "_Columns":
         return _Columns(*(field[item] for field in self))
 
 
 def _image_columns(parts: _Parts, side: int) -> _Columns:
-    """The columns that `parts` name, and where they lie in the grid of `side` cells."""
+    """The image columns of `parts` and their positions in the grid of `side` cells."""
     widths = parts.col_hi - parts.col_lo
     window = torch.repeat_interleave(torch.arange(len(widths), device=widths.device), widths)
     at = torch.arange(len(window), device=widths.device) + (parts.col_lo - widths.cumsum(0) + widths)[window]
@@ -384,34 +413,38 @@ def _image_columns(parts: _Parts, side: int) -> _Columns:
 
 
 class _Edges(NamedTuple):
-    """Where columns enter the foreground and where they leave it."""
+    """The edges of the runs in columns: the first at which a column enters the foreground, the second at which it leaves it."""
 
-    column: torch.Tensor  # (R,) long, which of the image columns
+    column: torch.Tensor  # (R,) long, index of the image column
     knot: torch.Tensor  # (R, 2) long, number of the knot after the edge, counted from the window's first
     before: torch.Tensor  # (R, 2) float32, logit at the knot before
     after: torch.Tensor  # (R, 2) float32, logit at the knot
 
 
 def _grid_rows(logits: torch.Tensor, chosen: torch.Tensor, parts: _Parts, num_rows: int) -> torch.Tensor:
-    """Grid rows of a chunk of windows as knots: (B, G, M).
+    """The logits of a chunk of windows at grid rows.
 
     Args:
-        chosen: (B,) long, which masks.
-        parts: of these.
+        logits: (N, M, M) of all masks.
+        chosen: (B,) long, indices of the chunk's masks.
+        parts: of the chunk's masks.
         num_rows: G.
+
+    Returns:
+        (B, G, M), the knots.
     """
     side = logits.shape[-1]
-    # Knots past a window's own: those of rows without visible foreground, or its last again. Neither adds an edge.
+    # Beyond its own knots a window gets rows without visible foreground, or its last row again. Neither adds an edge.
     rows = (parts.grid_lo[:, None] + torch.arange(num_rows, device=logits.device)).clamp(max=side - 1)
     grid = logits.reshape(-1, side).index_select(0, (chosen[:, None] * side + rows).view(-1))
     return grid.view(len(chosen), num_rows, side)
 
 
 def _pixel_rows(logits: torch.Tensor, chosen: torch.Tensor, parts: _Parts, num_rows: int) -> torch.Tensor:
-    """Pixel rows as knots, interpolated: see `_grid_rows`."""
+    """The logits of a chunk of windows interpolated at pixel rows; arguments and result are as for `_grid_rows`."""
     side = logits.shape[-1]
     pixels = parts.row_lo[:, None] + torch.arange(num_rows, device=logits.device)
-    pixels = torch.minimum(pixels, parts.row_hi[:, None] - 1)  # past a window's own: its last again
+    pixels = torch.minimum(pixels, parts.row_hi[:, None] - 1)  # beyond its own rows a window gets its last row again
     place = ((pixels + 0.5 - parts.y0[:, None]) / parts.cell_h[:, None] - 0.5).clamp_(0, side - 1).view(-1)
     above = place.floor()
     weight = (place - above).float()[:, None]
@@ -424,15 +457,16 @@ def _pixel_rows(logits: torch.Tensor, chosen: torch.Tensor, parts: _Parts, num_r
 
 
 def _edges(grid: torch.Tensor, columns: _Columns, threshold: float) -> _Edges:
-    """The edges of a chunk of windows; columns are counted within the chunk.
+    """The edges of a chunk of windows, whose columns are counted within the chunk.
 
     Args:
-        grid: (B, G, M) of `_grid_rows` or `_pixel_rows`.
-        columns: of these windows.
+        grid: (B, G, M) from `_grid_rows` or `_pixel_rows`.
+        columns: of the chunk's windows.
+        threshold: logit above which a knot is foreground.
     """
     num_windows, num_rows, side = grid.shape
-    # A background knot before each column and one at the very end: entering and leaving alternate along the whole.
-    # At the threshold itself: edges beside it lie at the knot before the first or at the one after the last.
+    # A background knot before each column and one at the very end make edges into and out of the foreground alternate.
+    # Its logit is the threshold itself, so that an edge next to it lies exactly at the knot.
     knots = grid.new_full((num_windows, side, num_rows + 1), threshold, dtype=torch.float32)
     knots[:, :, 1:] = grid.transpose(1, 2)
     knots = knots.view(-1, num_rows + 1)
@@ -450,13 +484,13 @@ def _edges(grid: torch.Tensor, columns: _Columns, threshold: float) -> _Edges:
 
 
 def _crossings(edges: _Edges, columns: _Columns, parts: _Parts, threshold: float, height: int) -> Runs:
-    """Runs of pixels between edges."""
+    """The runs of pixels between edges; `height` is that of the image in pixels."""
     before = edges.before.double()
-    row = (threshold - before) / (edges.after - before) + edges.knot  # from the knot before the window's first
+    row = (threshold - before) / (edges.after - before) + edges.knot  # counted from the knot before the window's first
     window = columns.window.index_select(0, edges.column)
     first = parts.y0 + (parts.grid_lo - 0.5) * parts.cell_h - 0.5
     row = first.index_select(0, window)[:, None] + row * parts.cell_h.index_select(0, window)[:, None]
-    enter, leave = row[:, 0].floor() + 1, row[:, 1].ceil()  # rows whose centre is strictly between the crossings
+    enter, leave = row[:, 0].floor() + 1, row[:, 1].ceil()  # rows whose centre lies strictly between the crossings
     enter = torch.maximum(enter, parts.row_lo.double().index_select(0, window)).long()
     leave = torch.minimum(leave, parts.row_hi.double().index_select(0, window)).long()
     keep = (leave > enter).nonzero()[:, 0]

@@ -25,7 +25,7 @@ def drawn_masks(image_size: tuple, count: int = 12) -> WindowMasks:
     return WindowMasks(logits, torch.cat([corners, corners + sides], dim=1), image_size)
 
 
-def test_overlaps_of_a_small_image_are_pycocotools_own():
+def test_overlaps_of_a_small_image_equal_those_of_pycocotools():
     masks = drawn_masks((64, 80))
     rles = masks.rle()
     expected = torch.from_numpy(mask_util.iou(rles, rles, [0] * len(rles))).float()
@@ -33,7 +33,7 @@ def test_overlaps_of_a_small_image_are_pycocotools_own():
     torch.testing.assert_close(mask_overlaps(masks), expected)
 
 
-def test_overlaps_of_a_large_image_are_close():
+def test_overlaps_of_a_large_image_are_close_to_those_of_pycocotools():
     masks = drawn_masks((480, 640))
     rles = masks.rle()
     expected = torch.from_numpy(mask_util.iou(rles, rles, [0] * len(rles))).float()
@@ -52,7 +52,7 @@ def test_overlaps_do_not_depend_on_autocast(count):
     torch.testing.assert_close(found.double(), shared / union.clamp(min=1), atol=1e-6, rtol=0)
 
 
-def test_masks_that_nobody_sees_overlap_nothing():
+def test_masks_without_a_pixel_overlap_nothing():
     masks = drawn_masks((80, 100), 3)
     empty = WindowMasks(torch.full_like(masks.logits, -9.0), masks.windows, masks.image_size)
     assert not mask_overlaps(empty).any()
@@ -73,7 +73,7 @@ def decayed_slowly(probabilities: list, overlaps, sigma: float) -> list:
 
 
 @pytest.mark.parametrize("sigma", [0.5, 2.0])
-def test_decay_is_that_of_loops(sigma):
+def test_scores_equal_those_of_loops_over_pairs(sigma):
     generator = torch.Generator().manual_seed(0)
     overlaps = torch.rand(9, 9, generator=generator)
     overlaps = (overlaps + overlaps.T) / 2
@@ -84,12 +84,12 @@ def test_decay_is_that_of_loops(sigma):
     assert len(matrix_nms(scores[:0], overlaps[:0, :0])) == 0
 
 
-def test_logits_of_probabilities_return():
+def test_logits_are_recovered_from_log_probabilities():
     logits = torch.linspace(-20, 10, 31)
     torch.testing.assert_close(log_to_logit(torch.nn.functional.logsigmoid(logits)), logits, atol=2e-2, rtol=1e-3)
 
 
-def test_a_copy_goes_behind_what_is_elsewhere_and_nothing_is_lost():
+def test_a_duplicate_is_ranked_behind_other_objects_and_kept():
     logits = torch.full((3, 14, 14), 5.0)
     windows = torch.tensor([[10.0, 10, 50, 50], [11, 10, 51, 50], [60, 10, 95, 50]])
     scores = torch.tensor([3.0, 2.0, 1.0])
@@ -103,7 +103,7 @@ def test_a_copy_goes_behind_what_is_elsewhere_and_nothing_is_lost():
     assert lowered.objectness_logits[2] < 0
 
 
-def test_empty_masks_and_scores_that_are_no_numbers_are_left_out():
+def test_empty_masks_and_scores_that_are_not_finite_are_left_out():
     logits = torch.full((3, 14, 14), 5.0)
     logits[1] = -5
     windows = torch.tensor([[10.0, 10, 50, 50], [11, 10, 51, 50], [60, 10, 95, 50]])

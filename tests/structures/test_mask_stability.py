@@ -27,7 +27,7 @@ def cones(peaks: list, threshold: float = 0.0, side: int = 56) -> WindowMasks:
 
 @pytest.mark.parametrize("margin", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_the_overlap_of_the_bitmaps_of_both_thresholds(margin, dtype):
+def test_stability_is_the_iou_of_the_bitmaps_at_both_thresholds(margin, dtype):
     masks = cones([2.0, 3.0, 4.5], threshold=-0.6)
     masks = WindowMasks(masks.logits.to(dtype), masks.windows, masks.image_size, threshold=masks.threshold)
     both = [
@@ -40,13 +40,13 @@ def test_it_is_the_overlap_of_the_bitmaps_of_both_thresholds(margin, dtype):
     torch.testing.assert_close(mask_stability(masks, margin=margin), torch.tensor(expected).float())
 
 
-def test_of_a_cone_it_is_the_quotient_of_two_circles():
+def test_stability_of_a_cone_is_the_quotient_of_two_circles():
     # The radii at which the logit is 1 and -1 are as the peak less and plus 1.
     found = mask_stability(cones([2.0, 4.0, 5.5]))
     assert found.tolist() == pytest.approx([1 / 9, 9 / 25, 81 / 169], abs=0.02)
 
 
-def test_masks_without_a_sure_or_even_a_possible_cell_come_last():
+def test_masks_without_a_certain_cell_come_last():
     masks = cones([5.0, 0.5, -5.0])
     found = mask_stability(masks)
     assert found.tolist() == pytest.approx([4 / 9, 1e-3, 1e-3], abs=0.02)
@@ -58,7 +58,7 @@ def test_masks_without_a_sure_or_even_a_possible_cell_come_last():
 
 
 @pytest.mark.parametrize("mask_nms", [False, True])
-def test_a_vague_mask_goes_behind_a_sure_one(mask_nms):
+def test_an_uncertain_mask_is_ranked_behind_a_certain_one(mask_nms):
     masks, scores = cones([2.0, 5.0, 4.0]), torch.tensor([1.0, 0.9, -4.0])
     plain = build_proposals(scores, masks, nms_thresh=1.0, mask_nms=mask_nms)
     sorted_anew = build_proposals(scores, masks, nms_thresh=1.0, stability=True, mask_nms=mask_nms)
@@ -69,7 +69,7 @@ def test_a_vague_mask_goes_behind_a_sure_one(mask_nms):
     torch.testing.assert_close(sorted_anew.objectness_logits.sigmoid(), expected[[1, 0, 2]], atol=1e-5, rtol=1e-4)
 
 
-def test_scores_that_are_no_numbers_are_left_out():
+def test_scores_that_are_not_finite_are_left_out():
     masks = cones([4.0] * 3)
     scores = torch.tensor([2.0, math.nan, -math.inf])
     proposals = build_proposals(scores, masks, nms_thresh=1.0, stability=True)

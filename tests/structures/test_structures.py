@@ -81,7 +81,7 @@ def as_text(rle):
 
 
 def assert_encoded_like_coco(masks):
-    """Boxes, areas and RLEs are those of the pasted bitmaps."""
+    """Assert that boxes, areas and RLEs equal those of the pasted bitmaps."""
     boxes, areas, rle = masks.encode()
     bitmaps = masks.paste().numpy()
     expected = [as_text(coco_mask.encode(np.asfortranarray(bitmap.astype(np.uint8)))) for bitmap in bitmaps]
@@ -131,16 +131,16 @@ def test_window_edges_include_left_and_top_only():
 
 
 @pytest.mark.parametrize("side", [1, 2, 19, 40])
-def test_encode_equals_coco_on_pasted(side):
+def test_boxes_areas_and_rles_equal_pycocotools_of_the_pasted_masks(side):
     assert_encoded_like_coco(draw_masks(seed=100 + side, side=side))
 
 
-def test_any_bitmap_survives():
+def test_any_bitmap_is_encoded_like_pycocotools():
     generator = torch.Generator().manual_seed(3)
     share = torch.rand(200, 1, 1, generator=generator)
     bitmaps = torch.rand(200, 13, 13, generator=generator) < share
     bitmaps[0], bitmaps[1] = False, True
-    bitmaps[2:20, -1, :-1] = True  # a run that goes on at the top of the next column
+    bitmaps[2:20, -1, :-1] = True  # runs that continue at the top of the next column
     bitmaps[2:20, 0, 1:] = True
     bitmaps[20] = False
     bitmaps[20, :, 4:9] = True  # whole columns
@@ -167,7 +167,7 @@ def test_full_and_empty_masks():
 
 
 @pytest.mark.parametrize("kind", ["outside", "tiny"])
-def test_windows_that_see_little(kind):
+def test_windows_outside_the_image_or_smaller_than_a_pixel(kind):
     masks = draw_masks(seed=7, count=40, kinds=(kind,))
     assert_pasted_like_reference(masks)
     assert_encoded_like_coco(masks)
@@ -182,7 +182,7 @@ def test_windows_without_area_are_empty():
 
 
 @pytest.mark.parametrize("budget", [1, 5000])
-def test_chunks_do_not_matter(monkeypatch, budget):
+def test_results_do_not_depend_on_the_size_of_chunks(monkeypatch, budget):
     expected = draw_masks(4).encode()
     monkeypatch.setattr(window_masks, "CHUNK_CPU", budget)
     boxes, areas, rle = draw_masks(4).encode()
@@ -191,35 +191,19 @@ def test_chunks_do_not_matter(monkeypatch, budget):
     assert rle == expected[2]
 
 
-def test_a_chunk_has_knots_of_one_kind():
-    knots, widths = torch.tensor([5, 6, 7, 5, 6]), torch.ones(5, dtype=torch.long)
-    for split, expected in {0: [(0, 5)], 2: [(0, 2), (2, 5)], 5: [(0, 5)]}.items():
-        assert [(c.start, c.stop) for c in window_masks._chunks(knots, widths, 1000, split)] == expected
-
-
 @pytest.mark.parametrize("share", [0.0, 100.0])
 def test_masks_are_the_same_at_grid_rows_and_at_pixel_rows(monkeypatch, share):
     expected = draw_masks(6).encode()
-    counted = []
-    at_pixels = window_masks._pixel_rows
-
-    def counting(logits, chosen, *arguments):
-        counted.extend(chosen.tolist())
-        return at_pixels(logits, chosen, *arguments)
-
     monkeypatch.setattr(window_masks, "_FEW_PIXELS", share)
-    monkeypatch.setattr(window_masks, "_pixel_rows", counting)
     boxes, areas, rle = draw_masks(6).encode()
     assert torch.equal(boxes.tensor, expected[0].tensor)
     assert torch.equal(areas, expected[1])
     assert rle == expected[2]
-    # Of those that were looked at, all or none.
-    assert set(counted) >= set(areas.nonzero()[:, 0].tolist()) if share else not counted
 
 
 def test_methods_agree_with_encode():
     boxes, areas, rle = draw_masks(5).encode()
-    # Of masks of their own: the first method that is asked finds the runs for all.
+    # Fresh masks: the first method that is called computes the runs for all others.
     masks = draw_masks(5)
     assert isinstance(masks.boxes(), Boxes)
     assert torch.equal(masks.boxes().tensor, boxes.tensor)
@@ -253,7 +237,7 @@ def test_half_precision_is_interpolated_in_single(dtype):
     assert torch.equal(half.paste(), single.paste())
 
 
-def test_gradients_do_not_get_in_the_way():
+def test_logits_that_require_gradients_are_encoded():
     masks = draw_masks(6, count=2)
     expected = masks.rle()
     masks.logits.requires_grad_()
@@ -279,7 +263,7 @@ def test_counts_of_more_pixels_than_fit_in_memory(side):
     assert encode_runs(runs, (side, side)) == [as_text(expected)]
 
 
-def test_pasting_some():
+def test_pasting_some_of_the_masks():
     masks = draw_masks(8, count=4)
     everything = masks.paste()
     chosen = torch.tensor([5, 0, 5, 9])
@@ -307,7 +291,7 @@ def test_indexing():
         masks[len(masks)]
 
 
-def test_what_is_known_of_masks_is_known_of_some_of_them():
+def test_selected_masks_keep_their_runs():
     masks = draw_masks(9, count=6)
     expected, boxes = masks.rle(), masks.boxes().tensor
     for item in (3, -2, slice(1, 5, 2), [5, 0, 0, 3], torch.tensor([4, 1]), torch.arange(len(masks)) % 2 == 1, []):
@@ -399,7 +383,7 @@ def test_a_threshold_is_finite(threshold):
 
 
 @pytest.mark.parametrize(("threshold", "share"), [(-1e6, 1), (1e6, 0)])
-def test_far_thresholds_fill_or_empty_the_window(threshold, share):
+def test_extreme_thresholds_fill_or_empty_the_window(threshold, share):
     windows = torch.tensor([[3.0, 2.0, 23.0, 32.0], [1.0, 1.0, 4.0, 5.0]])
     masks = WindowMasks(torch.randn(2, 8, 8), windows, (HEIGHT, WIDTH), threshold=threshold)
     assert masks.areas().tolist() == [600 * share, 12 * share]
