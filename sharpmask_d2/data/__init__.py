@@ -1,3 +1,5 @@
+"""Reads annotations, images and precomputed proposals, and makes the batches of training and evaluation."""
+
 from .datasets import add_dataset_option, check_datasets, register_datasets
 from .loader import build_patch_test_loader, build_patch_train_loader
 from .patch_mapper import PatchMapper

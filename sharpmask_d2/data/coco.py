@@ -1,4 +1,4 @@
-"""COCO annotation files, read and checked: every tool that is given one reads it here."""
+"""Reads and checks COCO annotation files, for all tools that take one."""
 
 import contextlib
 import io
@@ -7,7 +7,7 @@ import logging
 import os
 import reprlib
 from collections.abc import Iterable
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
@@ -16,49 +16,58 @@ from pycocotools.coco import COCO
 from ..errors import UserError
 from ..structures.coco_masks import MaskError, check_masks
 
-# Beyond this COCO's evaluation counts an object in no range of sizes.
+# COCO's evaluation assigns an object with a larger area to no range of sizes.
 _MAX_AREA = 1e10
 _MAX_COORDINATE = 1e10
-_MEND = "correct the annotation or remove it"
+_REMEDY = "correct the annotation or remove it"
 
 
 class AnnotationError(UserError):
-    """A COCO annotation file that cannot be used.
+    """A COCO annotation file cannot be used.
 
-    The message is one line: the file, the image or annotation, the field that is wrong, and what to do.
+    The message is one line that names the file, the image or annotation, the wrong field, and what to do.
     """
 
 
 class ListedImage(NamedTuple):
-    """An image as an annotation file lists it: its id, a whole number or text, and the path of its file below the folder of images."""
+    """An image as an annotation file lists it."""
 
     id: Union[int, str]
-    file_name: str
+    file_name: str  # path of its file, relative to the folder of images
 
 
-def load_json(path: Union[str, os.PathLike]):
+def load_json(path: Union[str, os.PathLike]) -> Any:
     """The content of a JSON file.
 
+    Args:
+        path: of the file.
+
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is not JSON; the message names it.
+        FileNotFoundError: the file does not exist.
+        UserError: the file is not JSON, or is nested too deeply; the message names it.
     """
     with open(path, encoding="utf-8-sig") as file:
         try:
             return json.load(file)
         except RecursionError:
-            raise UserError(f"{os.fspath(path)} is not JSON of any use here: it is nested too deeply") from None
-        # Also what is not text, and a number of thousands of digits.
+            raise UserError(f"{os.fspath(path)} cannot be read: its JSON is nested too deeply") from None
+        # Also for bytes that are not text, and for a number of several thousand digits.
         except ValueError as error:
             raise UserError(f"{os.fspath(path)} is not JSON: {error}") from error
 
 
 def load_images(path: Union[str, os.PathLike]) -> list[ListedImage]:
-    """The images that a COCO annotation file lists, in its order; its annotations are not looked at.
+    """The images that a COCO annotation file lists. Its annotations are not checked.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The images in the order of the file.
 
     Raises:
-        FileNotFoundError: no such file.
-        AnnotationError: the file is no COCO annotation file, or an image has no id, no file_name, or the id of another one.
+        FileNotFoundError: the file does not exist.
+        AnnotationError: the file is not a COCO annotation file, or an image has no id, no file_name, or the id of another image.
     """
     source = os.fspath(path)
     content = _load(source)
@@ -74,11 +83,14 @@ def load_images(path: Union[str, os.PathLike]) -> list[ListedImage]:
 
 
 def load_annotations(path: Union[str, os.PathLike]) -> COCO:
-    """A COCO annotation file as pycocotools has it, with all that is there checked: see `check_annotations`.
+    """Read a COCO annotation file for pycocotools and check it, see `check_annotations`.
+
+    Args:
+        path: of the file.
 
     Raises:
-        FileNotFoundError: no such file.
-        AnnotationError: the file is no COCO annotation file, or something in it is broken.
+        FileNotFoundError: the file does not exist.
+        AnnotationError: the file is not a COCO annotation file, or a field is not valid.
     """
     source = os.fspath(path)
     content = _load(source)
@@ -90,18 +102,26 @@ def load_annotations(path: Union[str, os.PathLike]) -> COCO:
     return coco
 
 
-def image_size(coco: COCO, image_id: Union[int, str]) -> Optional[tuple]:
-    """(height, width) of an image, or None if the annotations do not have it."""
+def image_size(coco: COCO, image_id: Union[int, str]) -> Optional[tuple[int, int]]:
+    """(height, width) of an image in pixels, or None if the annotation file does not say it."""
     image = coco.imgs[image_id]
     return (image["height"], image["width"]) if image.get("height") and image.get("width") else None
 
 
 def load_records(json_file: str, image_root: str, name: Optional[str] = None) -> list[dict]:
-    """Detectron2's `load_coco_json` with its arguments, whose annotations are checked and whose errors say what is wrong with the file.
+    """Read a COCO annotation file with Detectron2's `load_coco_json`, check the annotations, and name the fault of an invalid file.
+
+    Args:
+        json_file: path of the annotation file.
+        image_root: folder of the images.
+        name: of the dataset whose metadata get the categories; none by default.
+
+    Returns:
+        Detectron2's dataset dicts.
 
     Raises:
-        FileNotFoundError: no such file.
-        AnnotationError: see `load_annotations`, or whatever else Detectron2 does not take.
+        FileNotFoundError: the file does not exist.
+        AnnotationError: see `load_annotations`; also if Detectron2 cannot read the file for another reason.
     """
     source = PathManager.get_local_path(json_file)
     try:
@@ -109,7 +129,7 @@ def load_records(json_file: str, image_root: str, name: Optional[str] = None) ->
     except OSError:
         raise
     except Exception as error:
-        # Reading once more costs what only a broken file has to pay.
+        # The file is read a second time only where it is invalid.
         content = load_annotations(source).dataset
         if not content.get("categories"):
             raise AnnotationError(
@@ -136,15 +156,17 @@ def load_records(json_file: str, image_root: str, name: Optional[str] = None) ->
     return records
 
 
-def check_annotations(content: dict, source: str) -> None:
-    """Check what a COCO annotation file holds: what is there has to be of the right type and to make sense; fields may be missing.
+def check_annotations(content: Any, source: str) -> None:
+    """Check the types and values of all fields of a COCO annotation file. Fields may be missing.
+
+    Annotations of images that the file does not list are ignored, and their number is logged.
 
     Args:
         content: of the file.
-        source: what messages call it.
+        source: what messages call the file.
 
     Raises:
-        AnnotationError: the first fault. Annotations of images that are not listed are not looked at, and their number is logged.
+        AnnotationError: a field is not valid; the message names the first one.
     """
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         raise AnnotationError(f"{source} is not a COCO annotation file: 'images' and 'annotations' are expected")
@@ -157,9 +179,9 @@ def check_annotations(content: dict, source: str) -> None:
                 f"{source}: image {image['id']} has height, width {reprlib.repr(size)}: whole numbers of pixels are expected"
             )
         sizes[image["id"]] = None if size == [None, None] else tuple(size)
-    keys = ("id", "image_id")
+    keys: tuple[str, ...] = ("id", "image_id")
     if "categories" in content:
-        # pycocotools sorts by it.
+        # pycocotools sorts annotations by their category.
         keys += ("category_id",)
         for number, category in enumerate(_list_of_dicts(content, "categories", source)):
             if not _is_id(category.get("id")):
@@ -175,7 +197,7 @@ def check_annotations(content: dict, source: str) -> None:
                     if key in annotation
                     else f"no {key}"
                 )
-                raise AnnotationError(f"{source}: annotation number {number} of the list has {found}: {_MEND}")
+                raise AnnotationError(f"{source}: annotation number {number} of the list has {found}: {_REMEDY}")
         if annotation["image_id"] in sizes:
             where = f"{source}: annotation {annotation['id']} of image {annotation['image_id']}"
             objects.append((annotation, where, sizes[annotation["image_id"]]))
@@ -184,18 +206,18 @@ def check_annotations(content: dict, source: str) -> None:
     _check_objects(objects)
     if unlisted:
         logging.getLogger(__name__).warning(
-            f"{source}: {unlisted} of {len(content['annotations'])} annotations are of images that it does not list; they are left out"
+            f"{source}: {unlisted} of {len(content['annotations'])} annotations belong to images that it does not list; they are ignored"
         )
 
 
-def _load(source: str):
+def _load(source: str) -> Any:
     try:
         return load_json(source)
     except ValueError as error:
         raise AnnotationError(f"{error}; a COCO annotation file is expected") from error
 
 
-def _check_images(content, source: str) -> None:
+def _check_images(content: Any, source: str) -> None:
     if not isinstance(content, dict) or "images" not in content:
         raise AnnotationError(f"{source} is not a COCO annotation file: it has no 'images'")
     seen = set()
@@ -205,14 +227,14 @@ def _check_images(content, source: str) -> None:
             found = f"id {reprlib.repr(image_id)}, not a whole number or text" if "id" in image else "no id"
             raise AnnotationError(f"{source}: image number {number} of the list has {found}: give it one")
         if image_id in seen:
-            raise AnnotationError(f"{source}: two images have the id {image_id}: give every image one of its own")
+            raise AnnotationError(f"{source}: two images have the id {image_id}: give every image its own id")
         seen.add(image_id)
 
 
-def _list_of_dicts(content: dict, key: str, source: str) -> list:
+def _list_of_dicts(content: dict[str, Any], key: str, source: str) -> list[dict]:
     values = content[key]
     if not isinstance(values, list):
-        raise AnnotationError(f"{source} is not a COCO annotation file: {key!r} is no list")
+        raise AnnotationError(f"{source} is not a COCO annotation file: {key!r} is not a list")
     for number, value in enumerate(values):
         if not isinstance(value, dict):
             raise AnnotationError(
@@ -221,21 +243,28 @@ def _list_of_dicts(content: dict, key: str, source: str) -> list:
     return values
 
 
-def _is_id(value) -> bool:
+def _is_id(value: Any) -> bool:
     return isinstance(value, (int, str)) and not isinstance(value, bool)
 
 
-def _check_objects(objects: Iterable, *, needed: tuple = ()) -> None:
-    """Check annotations: (annotation, what messages call it, (height, width) of its image or None) each."""
+def _check_objects(
+    objects: Iterable[tuple[dict, str, Optional[tuple[int, int]]]], *, needed: tuple[str, ...] = ()
+) -> None:
+    """Check annotations.
+
+    Args:
+        objects: (annotation, what messages call it, (height, width) of its image in pixels or None) of each annotation.
+        needed: fields that must not be missing; none by default.
+    """
     masks, places, sizes = [], [], []
     for annotation, where, size in objects:
         for key, (is_right, expected) in _CHECKS.items():
             value = annotation.get(key)
             if value is None or (isinstance(value, list) and not value):
                 if key in needed:
-                    raise AnnotationError(f"{where} has no {key}: {_MEND}")
+                    raise AnnotationError(f"{where} has no {key}: {_REMEDY}")
             elif not is_right(value):
-                raise AnnotationError(f"{where}: {key} is {reprlib.repr(value)}: {expected}; {_MEND}")
+                raise AnnotationError(f"{where}: {key} is {reprlib.repr(value)}: {expected}; {_REMEDY}")
         mask = annotation.get("segmentation")
         if mask is not None and not (isinstance(mask, list) and not mask):
             masks.append(mask)
@@ -244,18 +273,18 @@ def _check_objects(objects: Iterable, *, needed: tuple = ()) -> None:
     try:
         check_masks(masks, sizes)
     except MaskError as error:
-        raise AnnotationError(f"{places[error.index]}: segmentation {error}; {_MEND}") from None
+        raise AnnotationError(f"{places[error.index]}: segmentation {error}; {_REMEDY}") from None
 
 
-def _is_number(value) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and -_MAX_COORDINATE < value < _MAX_COORDINATE
 
 
-def _is_box(value) -> bool:
+def _is_box(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 4 and all(map(_is_number, value)) and min(value[2:]) >= 0
 
 
-# What a field has to be, and how to say so.
+# Field -> (whether a value is valid, what messages expect).
 _CHECKS = {
     "bbox": (_is_box, "four finite numbers are expected: x, y, width and height, the last two not negative"),
     "area": (

@@ -1,4 +1,4 @@
-"""The one rule for images that cannot be done: each is named with its cause and left out, and everything else is done."""
+"""Reports images that cannot be processed: each is named with the cause and left out, and the run continues with the others."""
 
 import contextlib
 import logging
@@ -13,7 +13,7 @@ from .images import ImageError
 
 
 class FailedImages:
-    """Names the images that could not be done, and counts them.
+    """Reports and counts the images that cannot be processed.
 
     failed = FailedImages()
     for image in images:
@@ -23,15 +23,20 @@ class FailedImages:
     """
 
     def __init__(self):
-        self._paths = set()
+        self._paths: set[str] = set()
 
     @contextlib.contextmanager
-    def named(self, image_id, path: Union[str, Path], *, consequence: str = "it is left out") -> Iterator[None]:
-        """Whatever fails in the block is a failure of this image, except that memory runs out or the user stops the run.
+    def named(
+        self, image_id: Union[int, str], path: Union[str, Path], *, consequence: str = "it is left out"
+    ) -> Iterator[None]:
+        """Context manager in which any exception is reported as a failure of this image.
+
+        MemoryError and KeyboardInterrupt are not caught.
 
         Args:
-            image_id, path: of the image.
-            consequence: what becomes of the image.
+            image_id: of the image.
+            path: of the image's file.
+            consequence: what the report says about the results of the image.
         """
         try:
             yield
@@ -39,24 +44,24 @@ class FailedImages:
             raise
         except Exception as error:
             self._paths.add(str(path))
-            tqdm.write(f"cannot do image {image_id}, {path}: {describe(error)}; {consequence}", file=sys.stderr)
+            tqdm.write(f"cannot process image {image_id}, {path}: {describe(error)}; {consequence}", file=sys.stderr)
             logging.getLogger(__name__).debug("image %s", image_id, exc_info=error)
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def status(self) -> int:
-        """Say how many images could not be done. Returns the exit status: 1 if there are some, else 0."""
+        """Print how many images could not be processed. Returns the exit status: 1 if there are any, else 0."""
         if self._paths:
-            print(f"{len(self)} image{'s'[: len(self) > 1]} could not be done, see above", file=sys.stderr)
+            print(f"{len(self)} image{'s'[: len(self) > 1]} could not be processed, see above", file=sys.stderr)
         return int(bool(self._paths))
 
 
 def describe(error: Exception) -> str:
-    """The cause of a failure in one line, without the file that the message names anyway."""
+    """The cause of a failure in one line, without the name of the image's file, which the report has already."""
     if isinstance(error, ImageError):
         return error.reason
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     line = next(iter(text.strip().splitlines()), "")
-    # What is not about the file itself is told apart by its type.
+    # Errors that are not about the file itself are shown with their type.
     return line if isinstance(error, (OSError, ValueError)) and line else f"{type(error).__name__}: {line}"

@@ -1,4 +1,4 @@
-"""Images from outside: of files, of Pillow and of arrays, as the pixels that models and pictures start from.
+"""Reads images from files, Pillow images and arrays as pixels for models and pictures.
 
 Shape letters: H W image.
 """
@@ -15,40 +15,44 @@ from PIL import Image
 
 from ..errors import UserError
 
-# Pillow gives 16-bit grey a mode of its own, or before Pillow 11 that of 32-bit integers.
+# Modes of 16-bit grey images. Before Pillow 11, some formats have the mode of 32-bit integers instead.
 _16_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _16_BITS_AT_MOST = ("PNG", "PPM")
 _TO_8_BITS = "convert it to 8 bits, 0 for black and 255 for white"
 
 
 class ImageError(UserError):
-    """An image that cannot be read, or whose values are no brightness in 0..255. `reason` is its message without the name of the file."""
+    """An image cannot be read, or its values are not in 0..255.
+
+    Attributes:
+        reason: the message without the name of the file.
+    """
 
     def __init__(self, reason: str, path: Union[str, Path, None] = None):
         """
         Args:
             reason: what is wrong, and what to do.
-            path: of the file, if the image comes from one.
+            path: of the file; None if the image is not from a file.
         """
         super().__init__(reason if path is None else f"{path}: {reason}")
         self.reason = reason
 
 
 def read_image(path: Union[str, Path], format: str = "BGR") -> np.ndarray:
-    """Read an image file of any format of Pillow, upright.
+    """Read an image file of any format that Pillow reads.
 
-    As Detectron2's `read_image`, it turns the image by its EXIF orientation and drops an alpha channel. Of 16 bits it keeps the upper
-    eight, in grey images as in colour. Of an animation it reads the first frame.
+    As in Detectron2's `read_image`, the image is rotated by its EXIF orientation, and an alpha channel is dropped. Of 16-bit values the
+    upper eight bits are kept, in grey and in colour images. Of an animation the first frame is read.
 
     Args:
         path: of the file.
-        format: "BGR" or "RGB", the order of the channels.
+        format: order of the channels, "BGR" (default) or "RGB".
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        ImageError: no such file, no image, a broken one, or one whose values have no fixed white; the message names the file.
+        ImageError: the file does not exist, is not an image, is broken, or has values without a fixed white; the message names the file.
     """
     try:
         with PathManager.open(str(path), "rb") as file, Image.open(file) as image:
@@ -56,10 +60,10 @@ def read_image(path: Union[str, Path], format: str = "BGR") -> np.ndarray:
     except FileNotFoundError:
         raise ImageError("there is no such file", path) from None
     except Image.UnidentifiedImageError:
-        raise ImageError("it is no image, or none of a kind that Pillow reads", path) from None
+        raise ImageError("it is no image of a format that Pillow reads", path) from None
     except ImageError as error:
         raise ImageError(error.reason, path) from None
-    # On a broken file Pillow's many readers raise nearly anything.
+    # For a broken file, Pillow's readers raise nearly any exception.
     except Exception as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
         raise ImageError(f"it cannot be read: {reason}", path) from error
@@ -67,17 +71,17 @@ def read_image(path: Union[str, Path], format: str = "BGR") -> np.ndarray:
 
 
 def to_pixels(image: Union[np.ndarray, str, Path, Image.Image]) -> np.ndarray:
-    """The pixels of an image in any of the forms in which users have it.
+    """The pixels of an image in any form that users have.
 
     Args:
-        image: (H, W, 3) uint8 in BGR order, as cv2.imread returns it; (H, W) or (H, W, 1) uint8, grey; the path of a file, see
-            `read_image`; or an image of Pillow, which is taken as it lies: its EXIF orientation is not applied.
+        image: an array (H, W, 3) uint8 in BGR order, as cv2.imread returns it; a grey array (H, W) or (H, W, 1) uint8; the path of a file,
+            see `read_image`; or a Pillow image, whose EXIF orientation is not applied.
 
     Returns:
-        (H, W, 3) uint8, BGR.
+        (H, W, 3) uint8 in BGR order.
 
     Raises:
-        ImageError: anything else; the message says what it is and what to do.
+        ImageError: the image has another form; the message says which, and what to do.
     """
     if image is None:
         raise ImageError("the image is None, which cv2.imread returns for a file that it cannot read: check the path")
@@ -90,9 +94,7 @@ def to_pixels(image: Union[np.ndarray, str, Path, Image.Image]) -> np.ndarray:
             f"the image is a tensor of shape {tuple(image.shape)}: give a numpy array of shape (height, width, 3), uint8, in BGR order"
         )
     if not isinstance(image, np.ndarray):
-        raise ImageError(
-            f"the image is of type {type(image).__name__}: give a numpy array, a path or an image of Pillow"
-        )
+        raise ImageError(f"the image is of type {type(image).__name__}: give a numpy array, a path or a Pillow image")
     if image.dtype != np.uint8:
         raise ImageError(f"the image has values of type {image.dtype}: {_TO_8_BITS} (uint8)")
     if image.ndim == 2:
@@ -108,7 +110,7 @@ def _pixels(image: Image.Image, file_format: Union[str, None], channels: str) ->
     if 0 in image.size:
         raise ImageError("the image has no pixels")
     if image.mode in _16_BITS or (image.mode == "I" and file_format in _16_BITS_AT_MOST):
-        # As Pillow does it for colour; its conversion of grey cuts off at 255.
+        # As Pillow converts colour; its conversion of grey clips at 255.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"

@@ -1,4 +1,4 @@
-"""Training on several datasets at once: which of them are annotated exhaustively, and how large a share of an epoch each may take.
+"""Mixes datasets in training: which of them are annotated exhaustively, and how large a share of an epoch each may have.
 
 Shape letters: K datasets.
 """
@@ -8,27 +8,28 @@ import math
 from collections.abc import Iterator
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from torch.utils.data import Sampler
 
 from ..errors import UserError
 
 
-def load_datasets(cfg) -> tuple:
-    """The images of DATASETS.TRAIN, one dataset after the other.
+def load_datasets(cfg: CfgNode) -> tuple[list[dict], list[int]]:
+    """The images of DATASETS.TRAIN, dataset by dataset.
 
-    Datasets are read one by one, because class-agnostic training mixes datasets with different categories.
-
-    A dataset is not annotated exhaustively if DATASETS.NOT_EXHAUSTIVE names it or its metadata say so (`exhaustive` is False).
+    Each dataset is read on its own, because class-agnostic training mixes datasets with different categories. A dataset is not annotated
+    exhaustively if DATASETS.NOT_EXHAUSTIVE names it or its metadata say so (`exhaustive` is False).
 
     Args:
-        cfg: reads DATASETS.TRAIN, DATASETS.NOT_EXHAUSTIVE and DATALOADER.FILTER_EMPTY_ANNOTATIONS.
+        cfg: the config, of which DATASETS.TRAIN, DATASETS.NOT_EXHAUSTIVE and DATALOADER.FILTER_EMPTY_ANNOTATIONS are read.
 
     Returns:
-        list of Detectron2's dataset dicts, each with an entry `exhaustive` (bool); and the number of images of each of the K datasets.
+        dicts: Detectron2's dataset dicts, each with an entry `exhaustive` (bool).
+        sizes: K, number of images of each dataset.
 
     Raises:
-        ValueError: DATASETS.NOT_EXHAUSTIVE names a dataset that is not in DATASETS.TRAIN.
+        UserError: DATASETS.NOT_EXHAUSTIVE names a dataset that is not in DATASETS.TRAIN.
     """
     datasets = cfg.DATASETS
     if unknown := set(datasets.NOT_EXHAUSTIVE) - set(datasets.TRAIN):
@@ -42,25 +43,26 @@ def load_datasets(cfg) -> tuple:
     return dicts, sizes
 
 
-def epoch_counts(sizes: list, max_shares: list) -> list:
-    """Images of each dataset in an epoch, so that no dataset exceeds its share.
+def epoch_counts(sizes: list[int], max_shares: list[float]) -> list[int]:
+    """The number of images of each dataset in an epoch in which no dataset exceeds its share.
 
     Args:
-        sizes: number of images of each of the K datasets.
-        max_shares: greatest share of each dataset in an epoch, in 0..1; 1 is no limit. A dataset without a limit is there as a whole.
+        sizes: K, number of images of each dataset.
+        max_shares: K, maximum share of each dataset in an epoch, in 0..1; 1 is no limit. An epoch has all images of a dataset without a
+            limit.
 
     Returns:
-        list of K ints.
+        K numbers of images.
 
     Raises:
-        ValueError: every dataset has a limit, or the limits of datasets leave nothing for those without.
+        UserError: every dataset has a limit, or the limits add up to 1 or more.
     """
     free = sum(size for size, share in zip(sizes, max_shares) if share >= 1)
     bound = [share < 1 for share in max_shares]
     if not free and any(bound):
-        raise UserError("DATASETS.MAX_SHARES: one dataset at least has to be without a limit")
+        raise UserError("DATASETS.MAX_SHARES: at least one dataset has to be without a limit")
     while True:
-        # Datasets that are smaller than their share are there as a whole, which leaves the others a smaller epoch to share.
+        # A dataset that is smaller than its share is used as a whole. The epoch of the others is then smaller, too.
         rest = 1 - sum(share for share, limited in zip(max_shares, bound) if limited)
         whole = sum(size for size, limited in zip(sizes, bound) if not limited)
         if rest <= 0:
@@ -78,16 +80,17 @@ def epoch_counts(sizes: list, max_shares: list) -> list:
 class MixingSampler(Sampler):
     """An endless, repeatable stream of images of K datasets, shuffled epoch by epoch.
 
-    A dataset with a limit shows other images in the next epoch, until all of them were seen.
+    Successive epochs take different images of a dataset with a limit, until all of them have been used.
     """
 
-    def __init__(self, *, sizes: list, counts: list, seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(self, *, sizes: list[int], counts: list[int], seed: int, rank: int = 0, world_size: int = 1):
         """
         Args:
-            sizes: number of images of each dataset; images are numbered dataset by dataset.
-            counts: images of each dataset in an epoch, see `epoch_counts`.
-            seed: of the order; the same on all ranks.
-            rank, world_size: this process takes every `world_size`-th image of the stream, from the `rank`-th.
+            sizes: K, number of images of each dataset; images are numbered dataset by dataset.
+            counts: K, number of images of each dataset in an epoch, see `epoch_counts`.
+            seed: of the order, equal on all ranks.
+            rank: number of the first image of the stream that this process takes; 0 by default.
+            world_size: distance in the stream between the images that this process takes; 1 by default.
         """
         self.sizes, self.counts = list(sizes), list(counts)
         self.seed, self.rank, self.world_size = seed, rank, world_size

@@ -1,4 +1,4 @@
-"""Precomputed proposals with their masks, for detectors: loading them, and mapping them with the images.
+"""Loads precomputed proposals with their masks for detectors, and maps them together with the images.
 
 Shape letters: N proposals of an image, H W image, M side of the mask grid.
 """
@@ -6,11 +6,11 @@ Shape letters: N proposals of an image, H W image, M side of the mask grid.
 import logging
 import os
 import pickle
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.data import (
     DatasetCatalog,
     DatasetMapper,
@@ -20,6 +20,7 @@ from detectron2.data import (
 from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_util
+from torch.utils.data import DataLoader
 from torchvision.ops import roi_align
 
 from ..errors import UserError
@@ -28,54 +29,55 @@ from ..structures import WindowMasks
 from ..structures.coco_masks import MaskError, check_masks
 from .resumable import ResumableLoader, build_resumable_train_loader
 
+# Default side of the grids in which masks of proposals are sampled.
 MASK_SIDE = 56
 
-# Pixels of bitmaps decoded at once: what a CPU's cache holds.
+# Pixels of bitmaps decoded at a time, so that they fit a CPU's cache.
 _CHUNK = 2**21
 
 _COMPUTE = "compute it for this dataset with tools/compute_proposals.py --pkl"
 
 
 class ProposalMapper(DatasetMapper):
-    """Detectron2's mapper, whose precomputed proposals also have `proposal_masks`, in the frame of the transformed image."""
+    """Detectron2's mapper, with `proposal_masks` of the precomputed proposals in the frame of the transformed image."""
 
     @configurable
-    def __init__(self, is_train: bool, *, masks: bool, **kwargs):
+    def __init__(self, is_train: bool, *, masks: bool, **kwargs: Any):
         """
         Args:
-            is_train: as Detectron2's mapper has it.
-            masks: give masks; by default not in training, where no RoI head reads them.
-            kwargs: of Detectron2's mapper.
+            is_train: whether the images are for training, as for Detectron2's mapper.
+            masks: add `proposal_masks`. From a config this is False in training, where no RoI head reads them.
+            kwargs: further arguments of Detectron2's mapper.
         """
         super().__init__(is_train, **kwargs)
         self.masks = masks
-        self.augmentations = _Remembering(self.augmentations.augs)
+        self.augmentations = _RecordingAugmentations(self.augmentations.augs)
 
     @classmethod
-    def from_config(cls, cfg, is_train: bool = True):
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         if cfg.INPUT.CROP.ENABLED and is_train:
-            raise UserError("INPUT.CROP does not go with precomputed proposals: set INPUT.CROP.ENABLED False")
+            raise UserError("INPUT.CROP cannot be used with precomputed proposals: set INPUT.CROP.ENABLED False")
         return {**super().from_config(cfg, is_train), "masks": not is_train}
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """
+        """Map an image with its proposals.
+
         Args:
-            dataset_dict: Detectron2's format, with the proposals of `load_proposals_into_dataset` and the masks of
-                `load_proposal_masks`.
+            dataset_dict: in Detectron2's format, with proposals from `load_proposals_into_dataset` and masks from `load_proposal_masks`.
 
         Returns:
-            what Detectron2's mapper returns; where there are masks and they are asked for, proposals has the field proposal_masks
-            (WindowMasks).
+            The dict of Detectron2's mapper. If masks are wanted and available, `proposals` has the field proposal_masks (WindowMasks in
+            the frame of the transformed image).
 
         Raises:
-            ValueError: a transform that masks cannot follow; the message names it.
+            UserError: masks cannot follow a transform; the message names it.
         """
         dataset_dict = dict(dataset_dict)
         joined = dataset_dict.pop("proposal_masks", None)
         if not self.masks or joined is None:
             return super().__call__(dataset_dict)
         logits = dataset_dict["proposal_objectness_logits"]
-        # Detectron2 drops proposals and does not say which: numbered instead of scored, they tell.
+        # Detectron2 drops some proposals. With numbers instead of scores, the proposals that are kept can be identified.
         dataset_dict["proposal_objectness_logits"] = np.arange(len(logits))
         mapped = super().__call__(dataset_dict)
         proposals = mapped["proposals"]
@@ -88,19 +90,23 @@ class ProposalMapper(DatasetMapper):
         return mapped
 
 
-class _Remembering(T.AugmentationList):
-    """Keeps the transforms of the last image, which Detectron2's mapper does not hand out."""
+class _RecordingAugmentations(T.AugmentationList):
+    """Augmentations that record the transforms of the last image, which Detectron2's mapper does not return."""
 
-    def __call__(self, aug_input):
+    def __call__(self, aug_input: T.AugInput) -> T.TransformList:
         self.last = super().__call__(aug_input)
         return self.last
 
 
 def transform_masks(masks: WindowMasks, transforms: T.TransformList) -> WindowMasks:
-    """The same masks in the frame of the transformed image.
+    """Masks in the frame of the transformed image.
+
+    Args:
+        masks: in the frame of the image.
+        transforms: of the image.
 
     Raises:
-        ValueError: a transform that masks cannot follow; the message names it.
+        UserError: masks cannot follow a transform; the message names it.
     """
     for transform in transforms.transforms:
         if isinstance(transform, T.TransformList):
@@ -112,34 +118,34 @@ def transform_masks(masks: WindowMasks, transforms: T.TransformList) -> WindowMa
             masks = masks.scale(scale_x, scale_y, (transform.new_h, transform.new_w))
         elif not isinstance(transform, T.NoOpTransform):
             raise UserError(
-                f"masks of proposals cannot follow {type(transform).__name__}: use resizing and horizontal flips "
-                "alone, or map without masks"
+                f"masks of proposals cannot follow {type(transform).__name__}: use only resizing and horizontal flips, "
+                "or map without masks"
             )
     return masks
 
 
-def sample_masks(rles: list, image_size: tuple, *, side: int = MASK_SIDE) -> WindowMasks:
-    """Masks as grids over their tight boxes; pasted, they are the masks again but for detail finer than a grid cell.
+def sample_masks(rles: list[dict], image_size: tuple[int, int], *, side: int = MASK_SIDE) -> WindowMasks:
+    """Sample masks in grids over their tight boxes. Pasted, they equal the masks except for details smaller than a grid cell.
 
     Args:
         rles: N compressed COCO RLEs.
-        image_size: (H, W), their size.
-        side: M.
+        image_size: (H, W) in pixels, the size of the RLEs.
+        side: M in cells; 56 by default.
 
     Returns:
-        WindowMasks with float16 logits in -1 .. 1, linear in how much of a cell is foreground, and threshold 0.
+        WindowMasks of threshold 0, whose logits (float16 in -1..1) are linear in the share of a cell that is foreground.
     """
     height, width = image_size
     logits = torch.empty(len(rles), side, side, dtype=torch.float16)
     boxes = torch.from_numpy(mask_util.toBbox(rles).reshape(-1, 4)).float() if rles else torch.zeros(0, 4)
     boxes[:, 2:] += boxes[:, :2]
     chunk = max(1, _CHUNK // (height * width))
-    # Used again for every chunk: fresh memory of this size would cost more than all the rest.
+    # Reused by every chunk: allocating memory of this size would take longer than all the rest.
     bitmaps = torch.empty(min(chunk, len(rles)), 1, width, height)
     for start in range(0, len(rles), chunk):
         decoded = mask_util.decode(rles[start : start + chunk])
         count = decoded.shape[2]
-        # pycocotools' order in memory is mask, column, row: so are x and y swapped until the end.
+        # In memory, pycocotools' order is mask, column, row. Until the end, x and y are therefore swapped.
         bitmaps[:count, 0].copy_(torch.from_numpy(decoded).permute(2, 1, 0))
         regions = torch.cat([torch.arange(count)[:, None], boxes[start : start + count, [1, 0, 3, 2]]], dim=1)
         covered = roi_align(bitmaps[:count], regions, side, aligned=True)[:, 0]
@@ -147,26 +153,26 @@ def sample_masks(rles: list, image_size: tuple, *, side: int = MASK_SIDE) -> Win
     return WindowMasks(logits, boxes, (height, width), threshold=0.0)
 
 
-def load_proposal_masks(dataset_dicts: list, proposal_file: str) -> list:
-    """Give dataset dicts, in place, the masks of the proposals that Detectron2's `load_proposals_into_dataset` gave them.
+def load_proposal_masks(dataset_dicts: list[dict], proposal_file: str) -> list[dict]:
+    """Add the masks of proposals, in place, to dataset dicts with proposals from Detectron2's `load_proposals_into_dataset`.
 
     Args:
-        dataset_dicts: of the dataset that the file belongs to; ids are compared as text, as Detectron2 does.
-        proposal_file: pickle of `proposal_files.write_pickle`. Without masks in it, nothing is done but a line logged.
+        dataset_dicts: of the dataset to which the file belongs. As in Detectron2, ids are compared as text.
+        proposal_file: path of a pickle from `proposal_files.write_pickle`. If it has no masks, this is logged and nothing is added.
 
     Returns:
-        dataset_dicts, each with `proposal_masks`: `proposal_files.join_rles` of the image, not decoded, and `order` (N,), the place of
-        each proposal in it.
+        dataset_dicts. `proposal_masks` of each is the entry of `proposal_files.join_rles`, not decoded, with `order` (N,), the index of
+        each proposal's mask in it.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is not such a pickle, lacks an image, has boxes, scores and masks of different number, masks that are broken,
-            or of another size than the image.
+        FileNotFoundError: the file does not exist.
+        UserError: the file is not such a pickle, lacks an image, has different numbers of boxes, scores and masks for an image, or has
+            masks that are not valid or of another size than the image.
     """
     content, rows = _read(proposal_file)
     if "masks" not in content:
         logging.getLogger(__name__).info(
-            f"{proposal_file} has no masks, which --pkl-masks would give it: neither will its detections"
+            f"{proposal_file} has no masks, so its detections have none either: write it with --pkl-masks to add them"
         )
         return dataset_dicts
     _check_ids(dataset_dicts, rows, proposal_file)
@@ -186,8 +192,8 @@ def load_proposal_masks(dataset_dicts: list, proposal_file: str) -> list:
             image_size = record.get("height", size[0]), record.get("width", size[1])
             if size != image_size:
                 raise UserError(
-                    f"{proposal_file}: the masks of image {image_id} are of size {size} (height, width), the image of "
-                    f"{image_size}: is it the file of another dataset? {_COMPUTE}"
+                    f"{proposal_file}: the masks of image {image_id} are of size {size} (height, width), but the image of "
+                    f"{image_size}: does the file belong to another dataset? {_COMPUTE}"
                 )
         try:
             check_masks(split_rles(joined), [None] * counts["masks"])
@@ -195,25 +201,34 @@ def load_proposal_masks(dataset_dicts: list, proposal_file: str) -> list:
             raise UserError(
                 f"{proposal_file}: mask {error.index} of image {image_id} {error}: {_COMPUTE} again"
             ) from None
-        # The same sort as Detectron2's, so that equal scores come in the same order.
+        # Sorted as Detectron2 sorts them, so that equal scores have the same order.
         record["proposal_masks"] = {**joined, "order": scores.argsort()[::-1]}
     return dataset_dicts
 
 
 def get_proposal_dicts(
-    names: list, proposal_files: list, *, filter_empty: bool = True, min_keypoints: int = 0, masks: bool = False
-) -> list:
-    """Detectron2's `get_detection_dataset_dicts` with proposals, and errors that say what is wrong with a file.
+    names: list[str],
+    proposal_files: list[str],
+    *,
+    filter_empty: bool = True,
+    min_keypoints: int = 0,
+    masks: bool = False,
+) -> list[dict]:
+    """Detectron2's `get_detection_dataset_dicts` with proposals, and with errors that name the fault of a file.
 
     Args:
         names: of registered datasets.
-        proposal_files: one pickle each.
-        filter_empty, min_keypoints: as Detectron2 has them.
-        masks: load masks, too; of one dataset only.
+        proposal_files: path of the pickle of each dataset.
+        filter_empty: leave out images without annotations; True by default.
+        min_keypoints: minimum number of keypoints of an image; 0 by default.
+        masks: also load the masks, which is possible for a single dataset; False by default.
+
+    Returns:
+        Detectron2's dataset dicts.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: another number of files than of datasets, or see `load_proposal_masks`.
+        FileNotFoundError: a file does not exist.
+        UserError: the numbers of files and datasets differ, or see `load_proposal_masks`.
     """
     if len(names) != len(proposal_files):
         raise UserError(
@@ -233,10 +248,10 @@ def get_proposal_dicts(
     return load_proposal_masks(dicts, proposal_files[0]) if masks else dicts
 
 
-def build_proposal_train_loader(cfg) -> ResumableLoader:
-    """A training loader of full images with precomputed proposals, with `ProposalMapper`."""
+def build_proposal_train_loader(cfg: CfgNode) -> ResumableLoader:
+    """Build a training loader of full images with precomputed proposals, which uses `ProposalMapper`."""
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    # Before the datasets are read: it may refuse the config.
+    # The mapper may refuse the config, which is known before the datasets are read.
     mapper = ProposalMapper(cfg, True)
     dicts = get_proposal_dicts(
         list(cfg.DATASETS.TRAIN),
@@ -247,17 +262,21 @@ def build_proposal_train_loader(cfg) -> ResumableLoader:
     return build_resumable_train_loader(cfg, mapper=mapper, dataset=dicts)
 
 
-def build_proposal_test_loader(cfg, dataset_name: str):
-    """Detectron2's test loader of precomputed proposals, with their masks."""
+def build_proposal_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
+    """Build Detectron2's test loader of a dataset with precomputed proposals and their masks."""
     dicts = get_proposal_dicts([dataset_name], [find_test_file(cfg, dataset_name)], filter_empty=False, masks=True)
     return build_detection_test_loader(dicts, mapper=ProposalMapper(cfg, False), num_workers=cfg.DATALOADER.NUM_WORKERS)
 
 
-def find_test_file(cfg, dataset_name: str) -> str:
+def find_test_file(cfg: CfgNode, dataset_name: str) -> str:
     """The file of DATASETS.PROPOSAL_FILES_TEST that belongs to a dataset of DATASETS.TEST.
 
+    Args:
+        cfg: the config.
+        dataset_name: of the dataset.
+
     Raises:
-        ValueError: there is none.
+        UserError: there is no such file.
     """
     number, files = list(cfg.DATASETS.TEST).index(dataset_name), cfg.DATASETS.PROPOSAL_FILES_TEST
     if number >= len(files):
@@ -270,8 +289,8 @@ def _check_exists(path: str) -> None:
         raise FileNotFoundError(f"there is no proposal file {path}: {_COMPUTE}")
 
 
-def _read(path: str) -> tuple:
-    """What a pickle holds, with the keys of today; and which row an image id (as text) has."""
+def _read(path: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The content of a pickle, with the keys of current Detectron2, and the row of each image id (as text)."""
     _check_exists(path)
     with PathManager.open(path, "rb") as file:
         content: Optional[dict] = pickle.load(file, encoding="latin1")
@@ -281,11 +300,11 @@ def _read(path: str) -> tuple:
                 content[new] = content.pop(old)
     for key in ("ids", "boxes", "objectness_logits"):
         if not isinstance(content, dict) or key not in content:
-            raise UserError(f"{path} is no proposal file, it has no {key}: {_COMPUTE}")
+            raise UserError(f"{path} is not a proposal file, because it has no {key}: {_COMPUTE}")
     return content, {str(image_id): row for row, image_id in enumerate(content["ids"])}
 
 
-def _check_ids(dataset_dicts: list, rows: dict, path: str) -> None:
+def _check_ids(dataset_dicts: list[dict], rows: dict[str, int], path: str) -> None:
     missing = [record["image_id"] for record in dataset_dicts if str(record["image_id"]) not in rows]
     if missing:
         raise UserError(

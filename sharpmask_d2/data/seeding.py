@@ -1,47 +1,54 @@
-"""Random numbers that depend on what they are drawn for, and not on what was drawn before."""
+"""Seeds random numbers by their purpose, so that they do not depend on random numbers drawn before."""
 
 import random
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-# What random numbers are drawn for, to be mixed with the seed, the rank and a running number: the steps of a training, the samples of a
-# loader, the order of its samples.
+# Purposes of random numbers, which are mixed with the seed, the rank and a running number: the steps of a training, the samples of a
+# loader, and the order of its samples.
 STEPS, SAMPLES, SAMPLER = range(3)
 
 
-def mix_seeds(*numbers: int) -> tuple:
-    """Seeds for torch, numpy and Python, such that other numbers give other streams.
+def mix_seeds(*numbers: int) -> tuple[int, np.ndarray, int]:
+    """Seeds for torch, numpy and Python that differ where the numbers differ.
 
     Args:
-        numbers: non-negative, such as the training's seed, the rank and the iteration; always as many for one purpose.
+        numbers: non-negative, such as the training's seed, the rank and the iteration; equally many for every call of one purpose.
 
     Returns:
-        a whole number, an array of uint32, and a whole number.
+        for_torch: a whole number.
+        for_numpy: (3,) uint32.
+        for_python: a whole number.
     """
-    # numpy hashes them: sums would let seed 1 at iteration 2 draw what seed 2 draws at iteration 1.
+    # numpy hashes the numbers. With a sum, seed 1 at iteration 2 would equal seed 2 at iteration 1.
     words = np.random.SeedSequence(numbers).generate_state(7)
     joined = [int(high) << 32 | int(low) for high, low in (words[:2], words[2:4])]
     return joined[0], words[4:], joined[1]
 
 
 def seed_all(*numbers: int) -> None:
-    """Seed torch on all devices, numpy and Python; see `mix_seeds`."""
+    """Seed torch on all devices, numpy and Python with the seeds of `mix_seeds`."""
     for_torch, for_numpy, for_python = mix_seeds(*numbers)
     torch.manual_seed(for_torch)
-    np.random.seed(for_numpy)  # noqa: NPY002  (the one that Detectron2's transforms draw from)
+    np.random.seed(for_numpy)  # noqa: NPY002  (Detectron2's transforms draw from it)
     random.seed(for_python)
 
 
 @contextmanager
-def seeded(*numbers: int):
-    """Inside, what is drawn on the CPU depends on the numbers alone; afterwards, all goes on as if nothing had been drawn."""
+def seeded(*numbers: int) -> Iterator[None]:
+    """Context manager in which random numbers on the CPU depend on `numbers` alone. The former states are restored afterwards.
+
+    Args:
+        numbers: see `mix_seeds`.
+    """
     state = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     for_torch, for_numpy, for_python = mix_seeds(*numbers)
-    # Not torch.manual_seed, which seeds CUDA as well.
+    # torch.manual_seed would also seed CUDA.
     torch.default_generator.manual_seed(for_torch)
-    np.random.seed(for_numpy)  # noqa: NPY002  (the one that Detectron2's transforms draw from)
+    np.random.seed(for_numpy)  # noqa: NPY002  (Detectron2's transforms draw from it)
     random.seed(for_python)
     try:
         yield

@@ -1,6 +1,6 @@
-"""Which windows of an image are trained on.
+"""Draws the windows of an image from which training patches are cut.
 
-Shape letters: G objects, P patches.
+Shape letters: G objects, P windows.
 """
 
 import math
@@ -13,45 +13,46 @@ from ..windows.geometry import object_windows
 from ..windows.labels import label_windows
 from .objects import ImageObjects
 
-# Tries before a window that is no negative is taken for one all the same, as in the released code.
+# Candidates per negative window. If none of them is negative, the first one is taken, as in the released code.
 _TRIES = 100
 
 
 class WindowSamples(NamedTuple):
-    """Windows (P, 4) XYXY squares in the image, float64; labels (P,) 1 or 0; objects (P,) or -1; pays_mask, pays_score (P,) bool."""
+    """P windows of an image with their labels."""
 
-    windows: np.ndarray
-    labels: np.ndarray
-    objects: np.ndarray
-    pays_mask: np.ndarray
-    pays_score: np.ndarray
+    windows: np.ndarray  # (P, 4) float64, XYXY squares in pixels of the image
+    labels: np.ndarray  # (P,) int64, 1 for a positive and 0 for a negative window
+    objects: np.ndarray  # (P,) int64, index of the object of a positive window, -1 for a negative one
+    pays_mask: np.ndarray  # (P,) bool, whether the window contributes to the mask loss
+    pays_score: np.ndarray  # (P,) bool, whether the window contributes to the score loss
 
 
 class WindowSampler:
-    """Draws the windows of an image that training looks at (DeepMask, section 3.2; fair_code: mask samples and score samples).
+    """Draws the training windows of an image (DeepMask, section 3.2; in the released code: mask samples and score samples).
 
-    Of P windows, a share are positives with shift and scale jitter, which pay the mask loss. As in the released code the others pay the
-    score loss, half of them positives without jitter, half negatives; or, as in the paper, all pay it and the others are negatives.
+    A share of the P windows are positives with jitter of position and scale, which contribute to the mask loss. As in the released code,
+    the other windows contribute to the score loss, and half of them are positives without jitter, half negatives. As in the paper
+    (`shared_positives`), all windows contribute to the score loss, and the others are negatives.
     """
 
     def __init__(
         self,
         *,
         window_size: int,
-        exponents: list,
+        exponents: list[float],
         mask_fraction: float,
         shared_positives: bool,
         near_negatives: float,
-        label_rule: dict,
+        label_rule: dict[str, float],
     ):
         """
         Args:
-            window_size: W in pixels of the patch.
-            exponents: scales (exponents of 2) between which negatives are drawn.
-            mask_fraction: share of jittered positives that pay the mask loss.
-            shared_positives: these pay the score loss, too (paper).
-            near_negatives: share of the negatives that are drawn around an object.
-            label_rule: keyword arguments of `windows.label_windows`.
+            window_size: side of a window in pixels of the patch.
+            exponents: scales of the pyramid as exponents of 2; negatives are drawn between the lowest and the highest.
+            mask_fraction: share of the windows, 0..1, that are positives with jitter and contribute to the mask loss.
+            shared_positives: these windows also contribute to the score loss (paper).
+            near_negatives: share of the negatives, 0..1, that are drawn around an object.
+            label_rule: keyword arguments of `windows.geometry.label_windows`.
         """
         self.window_size = window_size
         self.exponents = (min(exponents) - 0.25, max(exponents) + 0.25)
@@ -60,35 +61,43 @@ class WindowSampler:
         self.near_negatives = near_negatives
         self.label_rule = dict(label_rule)
 
-    def __call__(self, objects: ImageObjects, weights: np.ndarray, image_size: tuple, count: int, rng) -> WindowSamples:
-        """
+    def __call__(
+        self,
+        objects: ImageObjects,
+        weights: np.ndarray,
+        image_size: tuple[int, int],
+        count: int,
+        rng: np.random.Generator,
+    ) -> WindowSamples:
+        """Draw the windows of an image.
+
         Args:
             objects: of the image.
-            weights: (G,) how often each object is chosen; zero for those that are no targets.
-            image_size: (height, width).
+            weights: (G,) relative frequency with which each object is drawn; zero for objects that are not training targets.
+            image_size: (height, width) in pixels.
             count: P.
-            rng: numpy.random.Generator.
+            rng: source of all random numbers.
 
         Returns:
-            WindowSamples; without any target all are negatives.
+            WindowSamples; all are negatives if there is no target.
         """
         masks = _round_randomly(count * self.mask_fraction, rng) if weights.any() else 0
-        still = 0
+        unjittered = 0
         if not self.shared_positives and weights.any():
-            still = _round_randomly((count - masks) / 2, rng)
+            unjittered = _round_randomly((count - masks) / 2, rng)
         chosen = (
-            rng.choice(len(weights), size=masks + still, p=weights / weights.sum())
-            if masks + still
+            rng.choice(len(weights), size=masks + unjittered, p=weights / weights.sum())
+            if masks + unjittered
             else np.zeros(0, int)
         )
         windows = np.concatenate(
             [
                 self._jittered(objects.boxes[chosen[:masks]], rng),
-                self._bucketed(objects.boxes[chosen[masks:]]),
-                self._negatives(objects, image_size, count - masks - still, rng),
+                self._at_pyramid_levels(objects.boxes[chosen[masks:]]),
+                self._negatives(objects, image_size, count - masks - unjittered, rng),
             ]
         )
-        labels = np.arange(count) < masks + still
+        labels = np.arange(count) < masks + unjittered
         pays_mask = np.arange(count) < masks
         return WindowSamples(
             windows=windows,
@@ -98,20 +107,24 @@ class WindowSampler:
             pays_score=np.ones(count, bool) if self.shared_positives else ~pays_mask,
         )
 
-    def _jittered(self, boxes: np.ndarray, rng) -> np.ndarray:
+    def _jittered(self, boxes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Canonical windows of objects, moved and scaled at random within the limits of positives."""
         rule, n = self.label_rule, len(boxes)
         centres, sides = _centres_and_sides(object_windows(torch.from_numpy(boxes).double(), self.window_size).numpy())
         sides = sides * 2.0 ** rng.uniform(-rule["positive_octaves"], rule["positive_octaves"], (n, 1))
         shift = rng.uniform(-rule["positive_shift"], rule["positive_shift"], (n, 2))
         return _squares(centres + shift * sides / self.window_size, sides)
 
-    def _bucketed(self, boxes: np.ndarray) -> np.ndarray:
+    def _at_pyramid_levels(self, boxes: np.ndarray) -> np.ndarray:
+        """Windows centred on objects, at the level of the pyramid that is nearest to their canonical scale."""
         centres, sides = _centres_and_sides(object_windows(torch.from_numpy(boxes).double(), self.window_size).numpy())
-        # The pyramid has half octaves: the level nearest to the canonical scale.
+        # The levels of the pyramid are half octaves apart.
         exponents = np.round(2 * np.log2(self.window_size / sides)) / 2
         return _squares(centres, self.window_size / 2.0**exponents)
 
-    def _negatives(self, objects: ImageObjects, image_size: tuple, count: int, rng) -> np.ndarray:
+    def _negatives(
+        self, objects: ImageObjects, image_size: tuple[int, int], count: int, rng: np.random.Generator
+    ) -> np.ndarray:
         if count == 0:
             return np.zeros((0, 4))
         height, width = image_size
@@ -125,16 +138,18 @@ class WindowSampler:
             torch.from_numpy(candidates), torch.from_numpy(objects.boxes).double(), self.window_size, **self.label_rule
         )
         negative = labels.numpy() == 0
-        x, y = centres.reshape(-1, 2, 1).transpose(1, 0, 2)  # each tries x 1 against crowds
+        x, y = centres.reshape(-1, 2, 1).transpose(1, 0, 2)  # (candidates, 1) each, to be compared with all crowds
         boxes = objects.crowd_boxes
         in_crowd = (x >= boxes[:, 0]) & (x < boxes[:, 2]) & (y >= boxes[:, 1]) & (y < boxes[:, 3])
         negative &= ~in_crowd.any(axis=1)
-        # argmax finds the first negative of the tries, and the first try where there is none.
+        # argmax finds the first negative candidate, or the first candidate where none is negative.
         first = negative.reshape(count, _TRIES).argmax(axis=1)
         return candidates.reshape(count, _TRIES, 4)[np.arange(count), first]
 
-    def _around(self, boxes: np.ndarray, shape: tuple, rng) -> tuple:
-        """Centres and sides of windows near the border between positive and negative of some object."""
+    def _around(
+        self, boxes: np.ndarray, shape: tuple[int, int], rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Centres and sides of windows near the boundary between positive and negative of a random object."""
         canonical = object_windows(torch.from_numpy(boxes).double(), self.window_size).numpy()
         centres, sides = (part[rng.integers(len(boxes), size=shape)] for part in _centres_and_sides(canonical))
         reach = 2 * self.label_rule["negative_shift"]
@@ -143,12 +158,12 @@ class WindowSampler:
         return centres + rng.uniform(-reach, reach, (*shape, 2)) * sides / self.window_size, sides
 
 
-def _round_randomly(value: float, rng) -> int:
-    """The whole number below or above, with the right mean."""
+def _round_randomly(value: float, rng: np.random.Generator) -> int:
+    """The whole number below or above `value`, drawn so that the mean is `value`."""
     return math.floor(value) + int(rng.random() < value - math.floor(value))
 
 
-def _centres_and_sides(windows: np.ndarray) -> tuple:
+def _centres_and_sides(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (windows[:, :2] + windows[:, 2:]) / 2, windows[:, 2:3] - windows[:, 0:1]
 
 

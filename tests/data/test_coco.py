@@ -101,7 +101,7 @@ BROKEN_MASKS = [
 
 
 @pytest.mark.parametrize(("mask", "message"), BROKEN_MASKS)
-def test_masks_that_pycocotools_must_not_get(tmp_path, mask, message):
+def test_invalid_masks_are_named(tmp_path, mask, message):
     good = [RLE, [POLYGON], uncompressed_rle(drawn_mask())]
     with pytest.raises(MaskError, match=message) as raised:
         check_masks([*good, mask, *good], [SIZE] * 7)
@@ -119,7 +119,7 @@ def test_masks_that_pycocotools_must_not_get(tmp_path, mask, message):
         )
 
 
-def test_whole_masks_pass_and_are_what_pycocotools_makes_of_them():
+def test_valid_masks_equal_those_of_pycocotools():
     rng = np.random.default_rng(0)
     masks = [rng.random(SIZE) < density for density in (0, 0.001, 0.5, 1.1)] + [drawn_mask()]
     ragged = [[p + rng.uniform(-900, 900) for p in POLYGON], (1, 2, 3), [5, 5, 8, 8]]
@@ -150,7 +150,7 @@ def decoded_one_by_one(text: bytes) -> int:
     return sum(counts) if counts and not digits and min(counts) >= 0 else -1
 
 
-def test_run_lengths_are_counted_as_a_loop_counts_them(monkeypatch):
+def test_pixels_of_run_lengths_equal_those_of_a_loop(monkeypatch):
     rng = np.random.default_rng(1)
     for chunk in (1, 60, 2**16):
         monkeypatch.setattr("sharpmask_d2.structures.coco_masks._CHUNK", chunk)
@@ -176,7 +176,7 @@ NO_IMAGES = [
     ("[" + "1" * 5000 + "]", "is not JSON"),
     ([1, 2], "it has no 'images'|'images' and 'annotations' are expected"),
     ({"annotations": []}, "it has no 'images'|'images' and 'annotations' are expected"),
-    ({"images": 5, "annotations": []}, "'images' is no list"),
+    ({"images": 5, "annotations": []}, "'images' is not a list"),
     ({"images": [1], "annotations": []}, "entry 0 of 'images' is 1"),
     (with_image(id=...), "image number 0 of the list has no id"),
     (with_image(id=[3]), r"image number 0 of the list has id \[3\]"),
@@ -187,7 +187,7 @@ NO_IMAGES = [
 
 @pytest.mark.parametrize(("content", "message"), NO_IMAGES)
 @pytest.mark.parametrize("read", [load_images, load_annotations])
-def test_what_is_no_annotation_file_is_refused_in_one_line(tmp_path, content, message, read):
+def test_a_file_without_annotations_is_refused_in_one_line(tmp_path, content, message, read):
     path = write(tmp_path / "instances.json", content)
     with pytest.raises(AnnotationError, match=message) as raised:
         read(path)
@@ -211,8 +211,8 @@ def test_an_image_without_a_file_is_named(tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({**with_object(), "annotations": {}}, "'annotations' is no list"),
-        ({**with_object(), "categories": {}}, "'categories' is no list"),
+        ({**with_object(), "annotations": {}}, "'annotations' is not a list"),
+        ({**with_object(), "categories": {}}, "'categories' is not a list"),
         ({**with_object(), "categories": [{"name": "a"}]}, "category number 0 of the list has no id"),
         (with_object(category_id=...), "annotation number 0 of the list has no category_id"),
         ({**with_object(), "annotations": [None]}, "entry 0 of 'annotations' is None"),
@@ -236,14 +236,14 @@ def test_an_image_without_a_file_is_named(tmp_path, name):
         (with_object(category_id=[1]), r"annotation number 0 of the list has category_id \[1\]"),
     ],
 )
-def test_fields_of_the_wrong_kind_are_named(tmp_path, content, message):
+def test_fields_of_a_wrong_type_are_named(tmp_path, content, message):
     path = write(tmp_path / "instances.json", content)
     with pytest.raises(AnnotationError, match=message) as raised:
         load_annotations(path)
     assert str(raised.value).startswith(path)
 
 
-def test_what_coco_leaves_open_is_read(tmp_path, caplog):
+def test_optional_fields_may_be_missing(tmp_path, caplog):
     content = {key: value for key, value in with_object().items() if key != "categories"}
     content["images"] = [IMAGE, {"id": "b"}]
     content["annotations"] += [
@@ -255,7 +255,7 @@ def test_what_coco_leaves_open_is_read(tmp_path, caplog):
         loaded = load_annotations(write(tmp_path / "a.json", "\ufeff" + json.dumps(content)))
     assert sorted(map(str, loaded.imgs)) == ["3", "b"]
     assert [len(loaded.imgToAnns[i]) for i in (3, "b")] == [2, 1]
-    assert "1 of 4 annotations are of images that it does not list" in caplog.text
+    assert "1 of 4 annotations belong to images that it does not list" in caplog.text
     # Only what is asked for is looked at.
     images = {"images": [IMAGE], "annotations": "none"}
     assert load_images(write(tmp_path / "b.json", images)) == [(3, "3.png")]
@@ -280,7 +280,7 @@ def register(tmp_path):
     MetadataCatalog.remove(name)
 
 
-def test_a_registered_dataset_is_detectron2s(tmp_path, register):
+def test_a_registered_dataset_equals_detectron2s(tmp_path, register):
     dataset = draw_dataset(tmp_path / "drawn", crowd=True)
     name = register(json.loads(dataset.annotations.read_text()))
     records = DatasetCatalog.get(name)

@@ -1,4 +1,4 @@
-"""Masks cut into windows, windows drawn for training, patches of images, and their repeatable stream."""
+"""Masks rendered into windows, windows drawn for training, patches of images, and their repeatable stream."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -110,7 +110,7 @@ def test_region_partly_outside_is_filled(picture, region):
     np.testing.assert_array_equal(cut_region(picture, region, side, 200), expected)
 
 
-def test_fill_is_the_same_partly_and_wholly_outside(picture):
+def test_fill_is_equal_for_regions_partly_and_wholly_outside(picture):
     partly = cut_region(picture, (-20, -20, 30), 30, 127.5)[0, 0, 0]
     for region in ((-30, 5, 30), (60, 5, 30), (5, -31, 30), (5, 40, 30), (-90, -90, 20)):
         assert (cut_region(picture, region, 15, 127.5) == partly).all()
@@ -184,7 +184,7 @@ def test_jitter_fills_its_range():
         assert abs(values.mean()) < 0.05 * limit
 
 
-def test_released_samples_pay_one_loss_each():
+def test_released_samples_contribute_to_one_loss_each():
     samples = make_sampler()(image_objects(SPREAD), np.ones(3), (300, 600), 80, np.random.default_rng(0))
     np.testing.assert_array_equal(samples.pays_mask, ~samples.pays_score)
     assert samples.pays_mask.sum() == 40
@@ -192,7 +192,7 @@ def test_released_samples_pay_one_loss_each():
     assert samples.labels[samples.pays_score].sum() == 20
 
 
-def test_paper_samples_all_pay_the_score_loss():
+def test_all_samples_of_the_paper_contribute_to_the_score_loss():
     sampler = make_sampler(PAPER, shared_positives=True, mask_fraction=0.25)
     samples = sampler(image_objects(SPREAD), np.ones(3), (300, 600), 80, np.random.default_rng(0))
     assert samples.pays_score.all()
@@ -203,9 +203,9 @@ def test_paper_samples_all_pay_the_score_loss():
 def test_released_score_positives_are_centred_and_at_half_octaves():
     objects = image_objects(SPREAD)
     samples = make_sampler()(objects, np.ones(3), (300, 600), 200, np.random.default_rng(0))
-    still = samples.pays_score & (samples.labels == 1)
-    boxes = objects.boxes[samples.objects[still]]
-    windows = samples.windows[still]
+    unjittered = samples.pays_score & (samples.labels == 1)
+    boxes = objects.boxes[samples.objects[unjittered]]
+    windows = samples.windows[unjittered]
     np.testing.assert_allclose(windows[:, :2] + windows[:, 2:], boxes[:, :2] + boxes[:, 2:])
     halves = 2 * np.log2(WINDOW / (windows[:, 2] - windows[:, 0]))
     np.testing.assert_allclose(halves, halves.round())
@@ -226,7 +226,7 @@ def test_fractions_hold_on_average_with_few_patches(mask_fraction):
 
 @pytest.mark.parametrize("boxes", [[], [(10, 10, 13, 13)]], ids=["no objects", "no targets"])
 @pytest.mark.parametrize("shared_positives", [False, True])
-def test_without_targets_all_are_negatives(boxes, shared_positives):
+def test_without_targets_all_windows_are_negatives(boxes, shared_positives):
     objects = image_objects(boxes, targets=[False] * len(boxes))
     sampler = make_sampler(shared_positives=shared_positives, near_negatives=0.5)
     samples = sampler(objects, np.zeros(len(boxes)), (300, 600), 50, np.random.default_rng(0))
@@ -238,7 +238,7 @@ def test_without_targets_all_are_negatives(boxes, shared_positives):
     assert (label(samples.windows, objects, RELEASED)[0] == 0).all()
 
 
-def test_negatives_keep_out_of_crowds():
+def test_no_negative_is_centred_in_a_crowd():
     objects = image_objects(SPREAD[:1], crowd_boxes=[(100, 0, 350, 300), (400, 100, 600, 300)])
     sampler = make_sampler(mask_fraction=0.0, shared_positives=True)
     samples = sampler(objects, np.ones(1), (300, 600), 300, np.random.default_rng(0))
@@ -256,7 +256,7 @@ def test_a_window_is_drawn_even_where_there_is_no_negative():
     assert not samples.labels.any()
 
 
-def test_objects_are_chosen_by_weight():
+def test_objects_are_drawn_in_proportion_to_their_weights():
     sampler = make_sampler(mask_fraction=1.0)
     samples = sampler(image_objects(SPREAD), np.array([3.0, 0.0, 1.0]), (300, 600), 4000, np.random.default_rng(0))
     shares = np.bincount(samples.objects, minlength=3) / 4000
@@ -273,7 +273,7 @@ def one_annotation(**changes):
     return {"image_id": 17, "file_name": "somewhere/17.png", "annotations": [{**annotation, **changes}]}
 
 
-def test_tiny_objects_are_no_targets():
+def test_tiny_objects_are_not_targets():
     square = {"bbox": [10, 10, 10, 10], "segmentation": [draw_polygon("rectangle", (10, 10, 20, 20))]}
     sliver = {"bbox": [10, 10, 90, 4], "segmentation": [draw_polygon("rectangle", (10, 10, 100, 14))]}
     speck = {"bbox": [10, 10, 12, 12], "segmentation": [draw_polygon("triangle", (10, 10, 22, 22))]}
@@ -286,7 +286,7 @@ def test_tiny_objects_are_no_targets():
         assert objects.targets.tolist() == [expected]
 
 
-def test_crowds_are_kept_apart():
+def test_crowds_are_not_objects():
     objects = read_objects(one_annotation(iscrowd=1, segmentation=None), min_area=100, min_side=5)
     assert len(objects.boxes) == len(objects.segmentations) == len(objects.categories) == len(objects.targets) == 0
     assert objects.crowd_boxes.tolist() == [[10, 10, 50, 40]]
@@ -340,7 +340,7 @@ def equal(a, b):
         assert torch.equal(value, b[key]) if torch.is_tensor(value) else value == b[key], key
 
 
-def test_mapper_gives_what_the_network_takes(make_dataset, tiny_cfg, tmp_path):
+def test_mapper_makes_the_inputs_of_the_network(make_dataset, tiny_cfg, tmp_path):
     sample = make_mapper(tiny_cfg)(load(make_dataset(tmp_path))[0], np.random.default_rng(0))
     assert {name: (tuple(value.shape), value.dtype) for name, value in sample.items() if torch.is_tensor(value)} == {
         "patches": ((4, 3, 192, 192), torch.uint8),
@@ -386,7 +386,7 @@ def test_masks_lie_on_the_drawn_objects(make_dataset, tiny_cfg, tmp_path, exif, 
             assert iou(window_of(colored(patch)), mask) > 0.9
 
 
-def test_rle_and_polygons_give_the_same(make_dataset, tiny_cfg, tmp_path):
+def test_rle_and_polygons_give_equal_patches(make_dataset, tiny_cfg, tmp_path):
     mapper = make_mapper(tiny_cfg)
     dicts = [load(make_dataset(tmp_path / str(rle), size=(240, 330), rle=rle)) for rle in (False, True)]
     for pair in zip(*dicts):
@@ -407,7 +407,7 @@ def test_uncompressed_rle_is_read(make_dataset, tiny_cfg, tmp_path):
     assert objects.targets.all()
 
 
-def test_crowds_are_no_targets_of_a_dataset(make_dataset, tiny_cfg, tmp_path):
+def test_crowds_of_a_dataset_are_not_targets(make_dataset, tiny_cfg, tmp_path):
     mapper = make_mapper(tiny_cfg)
     plain, crowded = (
         mapper.objects(load(make_dataset(tmp_path / str(crowd), crowd=crowd))[0]) for crowd in (False, True)
@@ -453,7 +453,7 @@ def test_flips_mirror_patch_and_mask(make_dataset, tiny_cfg, tmp_path):
     assert 8 < flips < 32
 
 
-def test_mapper_repeats_itself(make_dataset, tiny_cfg, tmp_path):
+def test_mapper_is_deterministic(make_dataset, tiny_cfg, tmp_path):
     tiny_cfg.MODEL.SHARPMASK.SAMPLING.COLOR_JITTER = 0.2
     mapper, (dataset_dict,) = make_mapper(tiny_cfg), load(make_dataset(tmp_path, num_images=1))
     equal(*(mapper(dataset_dict, np.random.default_rng(5)) for _ in range(2)))
@@ -632,14 +632,14 @@ def test_only_images_with_targets_are_read(make_dataset, tiny_cfg, tmp_path):
     dicts = load(make_dataset(tmp_path, num_images=2, empty=True))
     dicts[0]["annotations"] = dicts[0]["annotations"][:1]
     stream = PatchBatches(dicts, make_mapper(tiny_cfg), images_per_batch=2, seed=0)
-    # By the number of objects: every object of the dataset is as likely as any other.
+    # In proportion to their objects: all objects of the dataset are equally likely.
     np.testing.assert_allclose(stream.probabilities, [1 / 4, 3 / 4, 0])
     drawn = [image["image_id"] for batch in first(stream, 20) for image in batch]
     assert set(drawn) == {1, 2}
     assert 20 < drawn.count(2) < 38
 
 
-def test_nothing_to_learn_from(make_dataset, tiny_cfg, tmp_path):
+def test_a_dataset_without_targets_is_named(make_dataset, tiny_cfg, tmp_path):
     tiny_cfg.MODEL.SHARPMASK.SAMPLING.MIN_AREA = 1e6
     dicts = load(make_dataset(tmp_path))
     for some in (dicts, [dict(d, annotations=[]) for d in dicts]):
@@ -667,14 +667,14 @@ def test_train_loader_from_a_config(registered, tiny_cfg):
     assert build_patch_train_loader(tiny_cfg).batches.mapper.category_weights == {}
 
 
-def test_train_loader_asks_for_whole_shares(registered, tiny_cfg, monkeypatch):
+def test_batch_size_has_to_be_a_multiple_of_the_processes(registered, tiny_cfg, monkeypatch):
     tiny_cfg.DATASETS.TRAIN = (registered,)
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 3)
     with pytest.raises(ValueError, match=r"IMS_PER_BATCH is 2.*3 processes"):
         build_patch_train_loader(tiny_cfg)
 
 
-def test_balanced_categories_have_equal_shares(registered, tiny_cfg):
+def test_balanced_categories_are_drawn_equally_often(registered, tiny_cfg):
     """Category 0 has two objects an image and category 1 one; objects too small to learn from change nothing."""
     dicts = DatasetCatalog.get(registered)
     speck = dict(dicts[0]["annotations"][0], bbox=[1, 1, 4, 4], category_id=1)
@@ -701,7 +701,7 @@ def test_patches_for_evaluation_are_fixed(registered, tiny_cfg, monkeypatch):
     for sample in (batch[0] for batch in batches):
         assert sample["pays_mask"].sum() == (sample["labels"] == 1).sum() == 2
         assert sample["pays_score"].all()
-    # A process of several sees the same patches of its images.
+    # One of several processes gets equal patches of its images.
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
     monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda: 1)
     (share,) = build_patch_test_loader(tiny_cfg, registered)
@@ -709,7 +709,7 @@ def test_patches_for_evaluation_are_fixed(registered, tiny_cfg, monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["annotation file", "image folder"])
-def test_registering_what_is_not_there(make_dataset, tmp_path, missing):
+def test_registering_missing_files_is_an_error(make_dataset, tmp_path, missing):
     dataset = make_dataset(tmp_path)
     json_file, image_root = str(dataset.annotations), str(dataset.image_root)
     wrong = str(tmp_path / "nowhere")

@@ -34,7 +34,7 @@ def test_of_16_bits_the_upper_eight_are_kept(pixels, suffix, tmp_path):
     assert np.array_equal(deep, read_image(tmp_path / "plain.png"))
 
 
-def test_16_bit_grey_is_turned_upright(tmp_path):
+def test_16_bit_grey_is_rotated_by_its_exif_orientation(tmp_path):
     tags = Image.Exif()
     tags[EXIF_ORIENTATION] = 6
     Image.fromarray(GREY.astype(np.uint16) * 256).save(tmp_path / "deep.png", exif=tags)
@@ -43,7 +43,7 @@ def test_16_bit_grey_is_turned_upright(tmp_path):
 
 @pytest.mark.parametrize("format", ["BGR", "RGB"])
 @pytest.mark.parametrize("kind", ["RGB", "L", "P", "1", "RGBA", "LA", "CMYK", "YCbCr", "LAB", "turned"])
-def test_other_files_are_what_detectron2_makes_of_them(kind, format, tmp_path):
+def test_other_files_are_read_as_detectron2_reads_them(kind, format, tmp_path):
     image, suffix, options = Image.fromarray(COLOUR), ".png", {}
     if kind == "turned":
         tags = Image.Exif()
@@ -62,12 +62,12 @@ def test_other_files_are_what_detectron2_makes_of_them(kind, format, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["float", "integers", "text", "cut", "bomb", "missing", "folder"])
-def test_what_is_no_image_is_named_with_the_cause(kind, tmp_path, monkeypatch):
+def test_a_file_that_is_no_image_is_named_with_the_cause(kind, tmp_path, monkeypatch):
     path = tmp_path / "image.tif"
     expected = {
         "float": "floating-point numbers .* no fixed white: convert it to 8 bits",
         "integers": "32-bit integers .* no fixed white: convert it to 8 bits",
-        "text": "no image, or none of a kind that Pillow reads",
+        "text": "no image of a format that Pillow reads",
         "cut": "cannot be read",
         "bomb": "cannot be read.* decompression bomb",
         "missing": "no such file",
@@ -90,7 +90,7 @@ def test_what_is_no_image_is_named_with_the_cause(kind, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_grey_arrays_paths_and_images_of_pillow_are_taken(tmp_path):
+def test_grey_arrays_paths_and_pillow_images_are_accepted(tmp_path):
     path = tmp_path / "image.png"
     Image.fromarray(COLOUR).save(path)
     for image in (path, str(path), Image.open(path), COLOUR[:, :, ::-1]):
@@ -107,19 +107,19 @@ def test_grey_arrays_paths_and_images_of_pillow_are_taken(tmp_path):
         (np.full((5, 5, 3), np.nan), "values of type float64: convert it to 8 bits"),
         (COLOUR.astype(np.uint16), "values of type uint16: convert it to 8 bits"),
         (torch.from_numpy(COLOUR), r"a tensor of shape \(24, 32, 3\): give a numpy array"),
-        ([1, 2], "of type list: give a numpy array, a path or an image of Pillow"),
+        ([1, 2], "of type list: give a numpy array, a path or a Pillow image"),
         (np.dstack([COLOUR, ALPHA]), r"the shape \(24, 32, 4\): \(height, width, 3\) is expected"),
         (COLOUR[:0], r"the shape \(0, 32, 3\)"),
         (COLOUR.transpose(2, 0, 1), r"the shape \(3, 24, 32\)"),
         (Image.fromarray(GREY.astype(np.float32)), "floating-point numbers"),
     ],
 )
-def test_what_is_no_image_is_refused_by_what_it_is(image, message):
+def test_an_object_that_is_no_image_is_named_by_its_type(image, message):
     with pytest.raises(ImageError, match=message):
         to_pixels(image)
 
 
-def test_predictors_take_what_to_pixels_takes(tiny_cfg, tmp_path):
+def test_predictors_accept_all_forms_of_images(tiny_cfg, tmp_path):
     torch.manual_seed(0)
     predictor = ProposalPredictor(tiny_cfg)
     cv2.imwrite(str(tmp_path / "image.png"), COLOUR)

@@ -36,14 +36,14 @@ def test_no_dataset_exceeds_its_share_of_an_epoch(sizes, shares, expected):
     assert all(count <= share * sum(counts) + 1e-9 for count, share in zip(counts, shares))
 
 
-def test_shares_that_leave_nothing_are_named():
+def test_shares_that_leave_nothing_for_other_datasets_are_named():
     with pytest.raises(ValueError, match="add up to 1 or more"):
         epoch_counts([10, 100, 100], [1.0, 0.5, 0.5])
-    with pytest.raises(ValueError, match="one dataset at least has to be without a limit"):
+    with pytest.raises(ValueError, match="at least one dataset has to be without a limit"):
         epoch_counts([10], [0.5])
 
 
-def test_an_epoch_has_each_image_of_a_whole_dataset_once_and_goes_through_the_other_in_turn():
+def test_an_epoch_has_all_images_without_a_limit_and_part_of_the_others_in_turn():
     sizes, counts = [6, 9], [6, 3]
     stream = list(islice(MixingSampler(sizes=sizes, counts=counts, seed=3), 27))
     epochs = [stream[i : i + 9] for i in (0, 9, 18)]
@@ -117,7 +117,7 @@ def test_cuts_of_images_that_are_not_exhaustively_annotated_have_an_object(two_d
 
 
 @pytest.mark.parametrize("key", ["NOT_EXHAUSTIVE", "MAX_SHARES"])
-def test_datasets_that_are_not_trained_on_are_named(two_datasets, key):
+def test_options_for_datasets_outside_training_are_named(two_datasets, key):
     two_datasets.DATASETS[key] = ["elsewhere"] if key == "NOT_EXHAUSTIVE" else [["elsewhere", 0.5]]
     with pytest.raises(ValueError, match=rf"DATASETS\.{key} names \['elsewhere'\]"):
         build_jitter_train_loader(two_datasets)

@@ -124,17 +124,17 @@ def test_pickle_has_masks_only_if_they_are_asked_for(entries, tmp_path):
     assert "masks" not in pickle.loads((tmp_path / "boxes.pkl").read_bytes())
 
 
-def test_pickle_is_not_written_of_masks_it_cannot_hold(entries, tmp_path):
+def test_masks_that_a_pickle_cannot_hold_are_named(entries, tmp_path):
     path = str(tmp_path / "bad.pkl")
     result = entries[1]["results"][3]
     whole = result.pop("segmentation")
-    with pytest.raises(ValueError, match=r"bad\.pkl: image 2: segmentation 3 is no compressed"):
+    with pytest.raises(ValueError, match=r"bad\.pkl: image 2: segmentation 3 is not a compressed"):
         write_pickle(entries, path, masks=True)
     result["segmentation"] = {"size": [7, 8], "counts": whole["counts"]}
     with pytest.raises(ValueError, match=r"image 2: segmentation 3 has the size \[7, 8\]"):
         write_pickle(entries, path, masks=True)
     result["segmentation"] = [[0, 0, 5, 0, 5, 5]]
-    with pytest.raises(ValueError, match=r"image 2: segmentation 3 is no compressed"):
+    with pytest.raises(ValueError, match=r"image 2: segmentation 3 is not a compressed"):
         write_pickle(entries, path, masks=True)
     assert not Path(path).exists()
 
@@ -150,7 +150,7 @@ def _dicts(path: str) -> list:
     return load_proposal_masks(get_detection_dataset_dicts([NAME], False, proposal_files=[path]), path)
 
 
-def test_masks_go_with_the_boxes_that_detectron2_sorted(pickled, entries):
+def test_masks_are_in_the_order_in_which_detectron2_sorts_boxes(pickled, entries):
     _rewrite(pickled, lambda content: content.update(ids=[str(i) for i in content["ids"]]))
     for record, entry in zip(_dicts(pickled), entries):
         counts = record["proposal_masks"]["counts"].split(b"\n")
@@ -171,7 +171,7 @@ def test_masks_go_with_the_boxes_that_detectron2_sorted(pickled, entries):
             lambda c: c["masks"][1].update(counts=c["masks"][1]["counts"] + b"o"),
             r"proposals\.pkl: mask \d+ of image 2 is broken RLE",
         ),
-        (lambda c: c.pop("boxes"), r"proposals\.pkl is no proposal file, it has no boxes"),
+        (lambda c: c.pop("boxes"), r"proposals\.pkl is not a proposal file, because it has no boxes"),
     ],
 )
 def test_errors_name_file_image_and_remedy(pickled, cfg, change, message):
@@ -201,7 +201,7 @@ def _iou(first: np.ndarray, second: np.ndarray) -> float:
     return (first & second).sum() / max(1, (first | second).sum())
 
 
-def test_sampled_masks_are_the_masks():
+def test_pasted_sampled_masks_equal_the_masks_closely():
     rng = np.random.default_rng(0)
     small, large = [], []
     for sides, masks in (((3, 15), small), ((30, 200), large)):
@@ -234,7 +234,7 @@ def _resized(mask: np.ndarray, size: tuple, flip: bool) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("size", "flip"), [((120, 160), False), ((240, 320), True), ((90, 200), True)])
-def test_masks_follow_the_image(cfg, pickled, entries, size, flip):
+def test_masks_follow_the_transforms_of_the_image(cfg, pickled, entries, size, flip):
     augmentations = [T.Resize(size), T.RandomFlip(prob=1.0 if flip else 0.0)]
     cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST = 7
     mapper = ProposalMapper(cfg, False, augmentations=augmentations)
@@ -258,7 +258,7 @@ def test_masks_follow_the_image(cfg, pickled, entries, size, flip):
             assert max(ious) > 0.93
 
 
-def test_dropped_boxes_take_their_masks_along(cfg, pickled):
+def test_dropped_boxes_have_no_masks(cfg, pickled):
     def flatten(content):
         content["boxes"][0][4, 2] = content["boxes"][0][4, 0]  # a box without width
 
@@ -270,7 +270,7 @@ def test_dropped_boxes_take_their_masks_along(cfg, pickled):
     assert (boxes - proposals.proposal_boxes.tensor).abs().max() <= 1
 
 
-def test_mapper_leaves_the_dataset_alone(cfg, pickled):
+def test_mapper_does_not_change_the_dataset(cfg, pickled):
     record = _dicts(pickled)[0]
     before = dict(record)
     ProposalMapper(cfg, False)(record)
@@ -299,7 +299,7 @@ def test_transforms_that_masks_cannot_follow_are_named(cfg, pickled):
 # ---------------------------------------------------------------------- training and evaluation
 
 
-def test_trainer_gives_masks_exactly_to_heads_that_keep_them(cfg, entries, pickled, caplog):
+def test_trainer_loads_masks_only_for_heads_that_keep_them(cfg, entries, pickled, caplog):
     def has_masks():
         (inputs,) = next(iter(Trainer.build_test_loader(cfg, NAME)))
         return inputs["proposals"].has("proposal_masks")
@@ -336,7 +336,7 @@ def test_a_detector_trains_and_is_evaluated(cfg, amp):
     assert {"AP", "AP50"} <= results["segm"].keys()
 
 
-def test_file_recall_is_that_of_the_results(pickled, entries, drawn):
+def test_recall_of_a_pickle_equals_that_of_the_results(pickled, entries, drawn):
     results = [{**r, "image_id": entry["image_id"]} for entry in entries for r in entry["results"]]
     expected = evaluate_proposal_json(drawn[0][1], results)
     found = evaluate_proposal_file(NAME, pickled)
