@@ -9,11 +9,8 @@ import numpy as np
 import torch
 
 from ..data.coco import load_annotations
-from ..evaluation.given_boxes import BoxDecoder
-from ..evaluation.model_proposals import images_of_model, window_rule
-from ..evaluation.proposal_analysis import analyze
+from ..evaluation.analysis import BoxDecoder, analyze, images_of_model, images_of_results, window_rule
 from ..evaluation.proposal_evaluation import write_json
-from ..evaluation.proposed_image import images_of_results
 from ..inference.caching import keep_between_images
 from ..inference.predictor import ProposalPredictor, prepare_image
 from ..inference.preparation import autocast

@@ -1,3 +1,5 @@
+"""Evaluation of proposals: recall and AR, evaluators for Detectron2, and the analysis of what proposals miss."""
+
 from .detector_proposals import GeneratedProposalEvaluator, WithGeneratedProposals, evaluate_proposal_file
 from .patch_evaluation import PatchEvaluator
 from .proposal_evaluation import ProposalEvaluator

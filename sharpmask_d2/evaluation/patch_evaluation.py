@@ -1,7 +1,8 @@
-"""How good masks and scores of patches are, as the released code evaluates them."""
+"""Evaluation of masks and scores on training patches, as in the released code."""
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from detectron2.evaluation import DatasetEvaluator
@@ -11,50 +12,55 @@ from ..modeling.losses import mask_iou
 
 
 class PatchEvaluator(DatasetEvaluator):
-    """Mean and median IoU of the masks of positives at probability 0.5, share above 0.5 and 0.7, and accuracy of the scores.
+    """Evaluates the patches of `SharpMaskProposalNetwork`: IoU of the masks at probability 0.5, and accuracy of the scores.
 
-    Reads what `SharpMaskProposalNetwork` returns for patches.
+    Shape letters: P patches of an image, M side of a mask.
     """
 
     def __init__(self, *, distributed: bool = True):
         """
         Args:
-            distributed: collect the results of all processes.
+            distributed: gather the results of all processes; only the main process then reports. Default: True.
         """
         self.distributed = distributed
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
+        """Discard the results of all patches."""
         self.ious, self.correct = [], []
 
-    def process(self, inputs: list, outputs: list):
-        """
+    def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
+        """Evaluate the patches of a batch of images.
+
         Args:
-            inputs: dicts with masks (P, M, M), labels, pays_mask and pays_score (P,).
-            outputs: dicts with scores (P,) and masks (P, M, M), logits.
+            inputs: one dict per image with "masks" (P, M, M), "labels" (P,), and "pays_mask" and "pays_score", (P,) bool: whether the
+                patch contributes to the loss of masks and of scores.
+            outputs: one dict per image with the logits "scores" (P,) and "masks" (P, M, M).
         """
         for patches, output in zip(inputs, outputs):
             masks, scores = output["masks"].cpu(), output["scores"].cpu()
-            paying = patches["pays_mask"]
-            self.ious.append(mask_iou(masks[paying], patches["masks"][paying]))
+            with_mask = patches["pays_mask"]
+            self.ious.append(mask_iou(masks[with_mask], patches["masks"][with_mask]))
             self.correct.append(((scores > 0) == (patches["labels"] > 0))[patches["pays_score"]])
 
-    def evaluate(self):
-        """
+    def evaluate(self) -> "OrderedDict[str, dict[str, float]]":
+        """Compute the figures over all patches.
+
         Returns:
-            {"patches": {"mean IoU", "median IoU", "IoU>0.5", "IoU>0.7", "score accuracy"}} in percent, NaN where there was no patch.
+            {"patches": {"mean IoU", "median IoU", "IoU>0.5", "IoU>0.7", "score accuracy"}} in percent; nan without patches.
+            "IoU>0.5" is the share of masks whose IoU exceeds 0.5. The result is empty in all processes except the main process.
         """
         if self.distributed:
             comm.synchronize()
             gathered = comm.gather((self.ious, self.correct))
             if not comm.is_main_process():
-                return {}
+                return OrderedDict()
             ious, correct = (list(itertools.chain.from_iterable(parts)) for parts in zip(*gathered))
         else:
             ious, correct = self.ious, self.correct
         ious = torch.cat(ious) if ious else torch.zeros(0)
         correct = torch.cat(correct).float() if correct else torch.zeros(0)
-        # torch.median takes the lower of two middle values.
+        # `torch.median` returns the lower of two middle values; the median is their mean.
         median = ious.quantile(0.5) if len(ious) else torch.tensor(float("nan"))
         results = {
             "mean IoU": ious.mean(),

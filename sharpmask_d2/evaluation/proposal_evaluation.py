@@ -1,4 +1,4 @@
-"""Recall of segment proposals on a COCO-format data set: from a network as it runs, or from a COCO result JSON.
+"""Recall of proposals on a dataset in COCO format: `ProposalEvaluator` for Detectron2, and a function for COCO result files.
 
 Shape letters:
     D: proposals (detections) of an image
@@ -9,8 +9,8 @@ import logging
 import math
 import os
 from collections import OrderedDict, defaultdict
-from collections.abc import Hashable, Sequence
-from typing import Optional, Union
+from collections.abc import Sequence
+from typing import Any, Optional, Union
 
 import numpy as np
 from detectron2.data import MetadataCatalog
@@ -21,30 +21,22 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
-from ..data.coco import check_annotations, image_size, load_annotations, load_json
+from ..data.coco import check_annotations, load_annotations, load_json
 from ..errors import UserError
 from ..io.outputs import write_output
-from ..structures.coco_masks import MaskError, to_rle
 from .coco_results import check_results
-from .recall import AREA_RANGES, IOU_THRESHOLDS, PROPOSAL_COUNTS, GroundTruth, RecallAccumulator
+from .ground_truth import BOXES, MASKS, encode_segmentations, ground_truth
+from .recall import AREA_RANGES, IOU_THRESHOLDS, PROPOSAL_COUNTS, RecallAccumulator
 
-# One flat dict of figures per IoU type: {"segm": {"AR@10": ...}, "bbox": {...}}.
+# One flat dict of figures per kind of region: {"segm": {"AR@10": ...}, "bbox": {...}}.
 Metrics = dict[str, dict[str, float]]
-
-BOXES, MASKS = "bbox", "segm"
 
 
 class ProposalEvaluator(DatasetEvaluator):
-    """AR, AUC and recall by object size and IoU of class-agnostic proposals: of their boxes, and of masks if present.
+    """Evaluates class-agnostic proposals in Detectron2: AR, AUC, and recall by object size and IoU, of boxes and, if present, masks.
 
-    The figures are those of `COCOeval` with `useCats = 0`. An image without proposals, or never processed, counts its
-    objects as missed (Detectron2's own box-proposal AR drops such images).
-
-    Args:
-        dataset_name: a registered data set whose metadata names a COCO annotation file (`json_file`).
-        distributed: gather the results of all processes; the main process alone then reports.
-        output_dir: where `proposal_metrics.json` is written, unless None.
-        max_proposals: of an image's proposals only the best so many take part.
+    The figures equal those of `COCOeval` with `useCats = 0`. The objects of an image that has no proposals or was not processed count as
+    missed (Detectron2's own AR of box proposals ignores such images).
     """
 
     def __init__(
@@ -55,34 +47,43 @@ class ProposalEvaluator(DatasetEvaluator):
         output_dir: Optional[str] = None,
         max_proposals: int = PROPOSAL_COUNTS[-1],
     ) -> None:
+        """
+        Args:
+            dataset_name: a registered dataset whose metadata names a COCO annotation file (`json_file`).
+            distributed: gather the results of all processes; only the main process then reports. Default: True.
+            output_dir: folder in which `proposal_metrics.json` is written. Default: None, no file.
+            max_proposals: maximum number of proposals per image; only the best ones are evaluated. Default: 1000.
+
+        Raises:
+            UserError: the metadata of the dataset has no `json_file`, or this file is not a COCO annotation file.
+        """
         self._dataset_name = dataset_name
         self._distributed = distributed
         self._output_dir = output_dir
         self._max_proposals = max_proposals
         metadata = MetadataCatalog.get(dataset_name)
         if not hasattr(metadata, "json_file"):
-            raise UserError(f"data set {dataset_name} has no json_file in its metadata: register it in COCO format")
+            raise UserError(f"dataset {dataset_name} has no json_file in its metadata: register it in COCO format")
         self._coco = load_annotations(PathManager.get_local_path(metadata.json_file))
         self._logger = logging.getLogger(__name__)
         self.reset()
 
     def reset(self) -> None:
-        """Forget all images."""
+        """Discard the results of all images."""
         self._recalls = _accumulators((MASKS, BOXES), self._max_proposals)
-        self._without_masks = []  # ids of images that have proposals, but no masks of them
+        self._without_masks = []  # ids of images whose proposals have no masks
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
-        """Match the proposals of some images; nothing of their size is kept.
+        """Match the proposals of a batch of images; only ranks are stored.
 
         Args:
-            inputs: dicts with "image_id".
-            outputs: dicts with "proposals": Instances in the frame of the original image, with `proposal_boxes` (Boxes,
-                D x 4, XYXY in pixels), `objectness_logits` (D, in any order) and, if masks are to be evaluated,
-                `proposal_masks`, of which only `rle()` is asked: a list of D compressed COCO RLEs.
+            inputs: one dict per image with "image_id".
+            outputs: one dict per image with "proposals": `Instances` in the frame of the original image. Fields: `proposal_boxes` (`Boxes`,
+                (D, 4) XYXY in pixels), `objectness_logits` ((D,), in any order) and, to evaluate masks, `proposal_masks`, an object
+                whose method `rle()` returns D masks as compressed RLE.
 
         Raises:
-            ValueError: the annotation file does not know the image, an annotation has no mask, or masks are of another
-                size.
+            UserError: the annotations do not contain the image, an annotation has no mask, or a mask has another size than the image.
         """
         for record, output in zip(inputs, outputs):
             image_id, proposals = record["image_id"], output["proposals"]
@@ -97,14 +98,14 @@ class ProposalEvaluator(DatasetEvaluator):
                 self._without_masks.append(image_id)
 
     def evaluate(self) -> "OrderedDict[str, dict[str, float]]":
-        """The figures over all images of the data set.
+        """Compute the figures over all images of the dataset.
 
         Returns:
-            {"segm": figures, "bbox": figures}, each as `RecallAccumulator.summarize` gives them, in percent; without
-            "segm" if no image came with masks; empty in all processes but the main one.
+            {"segm": figures, "bbox": figures}, each as in `RecallAccumulator.summarize`, in percent. "segm" is absent if no proposals had
+            masks. The result is empty in all processes except the main process.
 
         Raises:
-            ValueError: some images came with masks, and others with proposals but no masks.
+            UserError: the proposals of some images have masks and those of others do not.
         """
         gathered = [(self._recalls, self._without_masks)]
         if self._distributed and comm.get_world_size() > 1:
@@ -120,7 +121,9 @@ class ProposalEvaluator(DatasetEvaluator):
         if not recalls[MASKS].images:
             recalls = {BOXES: recalls[BOXES]}
         elif without_masks:
-            raise UserError(f"image {without_masks[0]}: its proposals have no proposal_masks, those of other images do")
+            raise UserError(
+                f"image {without_masks[0]}: its proposals have no proposal_masks, but those of other images have"
+            )
         num_images = len(self._coco.getImgIds())
         num_missing = num_images - len(recalls[BOXES].images)
         if num_missing:
@@ -142,23 +145,24 @@ def evaluate_proposal_json(
     *,
     max_proposals: int = PROPOSAL_COUNTS[-1],
 ) -> "OrderedDict[str, dict[str, float]]":
-    """The figures of `ProposalEvaluator`, from COCO results.
+    """Compute the figures of `ProposalEvaluator` from COCO results.
 
-    Categories play no part. An image without results counts its objects as missed; results of images that the annotations do not have are
-    left out. Both are logged as warnings, and so are boxes that do not fit their masks or reach beyond their images.
+    Categories are ignored. The objects of images without results count as missed, and results of images that are not in the annotations
+    are ignored. Warnings are logged for both, and for boxes that do not fit their masks or extend beyond their images.
 
     Args:
-        annotations: a COCO annotation file, or what pycocotools loaded from one.
-        proposals: a COCO result file, or the list in it: dicts with "image_id", "score" and at least one of "bbox"
-            (XYWH in pixels) and "segmentation" (RLE or polygons); a missing box is the tight one of the mask.
-        max_proposals: of an image's proposals only the best so many take part.
+        annotations: path of a COCO annotation file, or the `COCO` object of pycocotools.
+        proposals: path of a COCO result file, or its list of dicts with "image_id", "score" and at least one of "bbox" (XYWH in pixels of
+            the original image) and "segmentation" (RLE or polygons). If "bbox" is missing, the tight box of the mask is used.
+        max_proposals: maximum number of proposals per image; only the best ones are evaluated. Default: 1000.
 
     Returns:
-        {"segm": figures, "bbox": figures} in percent, without "segm" if no result has a segmentation.
+        {"segm": figures, "bbox": figures} in percent; "segm" is absent if the results have no segmentations.
 
     Raises:
-        ValueError: a file is not JSON or not of its format, a result is incomplete or broken, none is of an image of the annotations, or
-            only some results have a segmentation.
+        FileNotFoundError: a file does not exist.
+        UserError: a file is not JSON or has another format, a result is incomplete or broken, none of the images of the results is in the
+            annotations, or only some results have a segmentation.
     """
     if isinstance(annotations, COCO):
         coco = annotations
@@ -179,7 +183,7 @@ def evaluate_proposal_json(
         if not (results := by_image.get(image_id)):
             continue
         scores = [result["score"] for result in results]
-        masks = _rles(coco, image_id, results, "a result") if has_masks else []
+        masks = encode_segmentations(coco, image_id, results, "a result") if has_masks else []
         if has_masks:
             recalls[MASKS].add(image_id, ground_truth(coco, image_id, MASKS), masks, scores)
         boxes = [r["bbox"] if "bbox" in r else mask_utils.toBbox(masks[i]) for i, r in enumerate(results)]
@@ -189,7 +193,14 @@ def evaluate_proposal_json(
 
 
 def format_table(metrics: Metrics) -> str:
-    """The figures as two tables to print: AR by number of proposals and object size, and recall by IoU."""
+    """Format figures as two Markdown tables: AR by number of proposals and object size, and recall by IoU.
+
+    Args:
+        metrics: the result of `evaluate_proposal_json` or `ProposalEvaluator.evaluate`.
+
+    Returns:
+        The tables, separated by an empty line.
+    """
     recall_rows, threshold_rows = [], []
     for kind, values in metrics.items():
         for area in AREA_RANGES:
@@ -205,12 +216,20 @@ def format_table(metrics: Metrics) -> str:
     return "\n\n".join(tabulate(rows, header, tablefmt="pipe", floatfmt=".2f") for rows, header in tables)
 
 
-def write_json(content, path: Union[str, os.PathLike]) -> None:
-    """Write JSON so that the file is there whole or not at all; nan, which JSON has not, becomes null."""
+def write_json(content: Any, path: Union[str, os.PathLike]) -> None:
+    """Write a JSON file atomically. nan, which JSON does not have, is written as null.
+
+    Args:
+        content: nested dicts, lists, tuples, text and numbers.
+        path: path of the file.
+
+    Raises:
+        OutputError: the file cannot be written, for example because the disk is full.
+    """
     write_output(path, json.dumps(_without_nan(content), allow_nan=False).encode())
 
 
-def _without_nan(content):
+def _without_nan(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: _without_nan(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -223,7 +242,7 @@ def _accumulators(kinds: Sequence[str], max_proposals: int) -> dict[str, RecallA
 
 
 def _summarize(coco: COCO, recalls: dict[str, RecallAccumulator]) -> "OrderedDict[str, dict[str, float]]":
-    """Count the objects of images that are still missing, then report."""
+    """Add the images that were not evaluated, without proposals, and compute the figures."""
     metrics = OrderedDict()
     for kind, recall in recalls.items():
         nothing = np.empty((0, 4)) if kind == BOXES else []
@@ -232,48 +251,3 @@ def _summarize(coco: COCO, recalls: dict[str, RecallAccumulator]) -> "OrderedDic
                 recall.add(image_id, ground_truth(coco, image_id, kind), nothing, [])
         metrics[kind] = recall.summarize()
     return metrics
-
-
-def ground_truth(coco: COCO, image_id: Hashable, kind: str) -> GroundTruth:
-    """The objects of an image, in COCOeval's order: by category, which decides between equal IoUs.
-
-    Args:
-        coco: annotations that `data.coco.check_annotations` has passed.
-        image_id: as there.
-        kind: BOXES or MASKS.
-
-    Raises:
-        ValueError: the annotations do not have the image, or an annotation lacks an area or what `kind` asks for.
-    """
-    if image_id not in coco.imgs:
-        raise UserError(f"image {image_id} is not in the annotations")
-    annotations = sorted(coco.imgToAnns[image_id], key=lambda annotation: annotation.get("category_id") or 0)
-    for annotation in annotations:
-        needed = {BOXES: "bbox", MASKS: "segmentation"}[kind]
-        for key in (needed, "area"):
-            if key not in annotation or annotation[key] in ([], None):
-                raise UserError(f"annotation {annotation.get('id')} of image {image_id} has no {key}")
-    if kind == BOXES:
-        regions = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
-    else:
-        regions = _rles(coco, image_id, annotations, "annotation")
-    return GroundTruth(
-        regions,
-        areas=np.array([annotation["area"] for annotation in annotations], dtype=np.float64),
-        is_crowd=np.array([annotation.get("iscrowd") or 0 for annotation in annotations], dtype=bool),
-    )
-
-
-def _rles(coco: COCO, image_id: Hashable, entries: list, name: str) -> list:
-    """The masks of annotations or results of an image, which messages call `name`; they have been checked."""
-    size = image_size(coco, image_id)
-    if size is None and any(isinstance(entry["segmentation"], list) for entry in entries):
-        raise UserError(f"image {image_id} has no height and width in the annotations, which polygons need")
-    rles = []
-    for entry in entries:
-        try:
-            rles.append(to_rle(entry["segmentation"], size))
-        except MaskError as error:
-            which = f" {entry['id']}" if "id" in entry else ""
-            raise UserError(f"{name}{which} of image {image_id}: its segmentation {error}") from None
-    return rles

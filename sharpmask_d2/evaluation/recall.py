@@ -1,12 +1,12 @@
-"""Class-agnostic recall of proposals, one image at a time: AR, AR by object size, recall per IoU threshold, AUC.
+"""Class-agnostic recall of proposals: AR, AR by object size, recall per IoU threshold, and AUC.
 
-Matching is that of pycocotools' `COCOeval` with `useCats = 0`, so the figures are its figures. Since proposals are
-matched once, in the order of their scores, the rank of the proposal that took an object tells recall at every number of
-proposals N: that rank is all that is kept of an image.
+Proposals are matched to objects as in pycocotools' `COCOeval` with `useCats = 0`, so the figures equal those of COCOeval. Proposals are
+matched once, by descending score. The rank of the proposal that is matched to an object therefore determines the recall at every number of
+proposals N, and only these ranks are stored.
 
 Shape letters:
-    D: proposals (detections) of an image, best first
-    G: ground-truth objects of an image, crowds included
+    D: proposals (detections) of an image, sorted by descending score
+    G: ground-truth objects of an image, including crowds
     T: IoU thresholds
     A: area ranges
 """
@@ -20,110 +20,114 @@ from pycocotools import mask as mask_utils
 from ..errors import UserError
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
-# Both ends belong to a range, as in COCOeval: an object of exactly 32^2 pixels is small and medium.
+# Areas in square pixels. Both bounds belong to a range, as in COCOeval: an object of exactly 32^2 pixels is both small and medium.
 AREA_RANGES = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
+# Numbers of proposals per image, N, at which recall is reported.
 PROPOSAL_COUNTS = (10, 100, 1000)
-# The rank kept for an object that no proposal took.
+# Rank of an object that no proposal is matched to.
 UNMATCHED = np.iinfo(np.int32).max
 
-# Boxes as an array, D x 4, XYWH in pixels; masks as a list of D compressed COCO RLEs.
-Regions = Union[np.ndarray, list]
+# Boxes, (D, 4) XYWH in pixels of the original image; or D masks as compressed RLE in the frame of the original image.
+Regions = Union[np.ndarray, list[dict]]
 
 
 class GroundTruth(NamedTuple):
-    """The objects of one image.
+    """The objects of one image."""
 
-    regions: boxes or masks (`Regions`) in the frame of the original image. areas: G, the annotations' `area` in square
-    pixels, which decides on small, medium and large. is_crowd: G bool; crowds count in no recall.
-    """
-
+    # Boxes or masks of the G objects.
     regions: Regions
+    # (G,) `area` of the annotations in square pixels, which decides whether an object is small, medium or large.
     areas: np.ndarray
+    # (G,) bool; crowds do not count as objects.
     is_crowd: np.ndarray
 
 
 class ImageRecall(NamedTuple):
-    """What is kept of one image.
+    """The result of matching one image."""
 
-    ranks: A x T x G int32, see `match_ranks`. counted: A x G bool, the objects that count in the area range.
-    """
-
+    # (A, T, G) int32, see `match_ranks`.
     ranks: np.ndarray
+    # (A, G) bool, whether the object counts in the area range.
     counted: np.ndarray
 
 
 def match_ranks(ious: np.ndarray, counted: np.ndarray, thresholds: np.ndarray = IOU_THRESHOLDS) -> np.ndarray:
-    """Match proposals to objects greedily, best proposal first.
+    """Match proposals to objects greedily, by descending score.
 
-    A proposal takes the free object of highest IoU among those that reach the threshold (the last one of equals). Objects
-    that do not count in an area range are passed over: COCOeval gives them a proposal only when no object that counts is
-    left for it, so they change precision but never recall. The same holds for crowds.
+    Each proposal is matched to the unmatched object of highest IoU that reaches the threshold; of equal IoUs the last object is
+    chosen. Crowds and objects outside an area range are ignored: COCOeval matches a proposal to them only if no counted object
+    remains for it, so they change precision but not recall.
     Source: `COCOeval.evaluateImg` of pycocotools.
 
     Args:
-        ious: D x G, proposals best first.
-        counted: A x G bool.
-        thresholds: T, ascending.
+        ious: (D, G) IoUs, rows sorted by descending score.
+        counted: (A, G) bool, whether the object counts in the area range.
+        thresholds: (T,) IoU thresholds, ascending. Default: `IOU_THRESHOLDS`, 0.5 to 0.95.
 
     Returns:
-        A x T x G int32: the index of the proposal that took the object, UNMATCHED where none did.
+        (A, T, G) int32, the index of the proposal matched to the object, or `UNMATCHED`.
     """
     num_gts, num_thresholds = ious.shape[1], len(thresholds)
     ranks = np.full((len(counted), num_thresholds, num_gts), UNMATCHED, dtype=np.int32)
-    # D x G: how many thresholds the pair reaches.
+    # D x G: number of thresholds that the IoU reaches.
     reached = np.searchsorted(np.minimum(thresholds, 1 - 1e-10), ious, side="right")
     candidates = np.flatnonzero(reached.any(axis=1))
     reached = reached[candidates]
-    # Objects in the order of the proposal's liking, as whole numbers so that of equal IoUs the last is the highest.
+    # Position of each object in the ascending order of the proposal's IoUs; of equal IoUs the last object has the highest position.
     order = np.argsort(ious[candidates], axis=1, kind="stable")
-    liking = np.empty_like(order)
-    np.put_along_axis(liking, order, np.arange(num_gts)[None], axis=1)
+    preference = np.empty_like(order)
+    np.put_along_axis(preference, order, np.arange(num_gts)[None], axis=1)
     threshold_index = np.arange(num_thresholds)[:, None]  # T x 1
 
     free = np.repeat(counted[:, None], num_thresholds, axis=1)  # A x T x G
-    # The lowest threshold at which the object is still free in some area range: most candidates end at this test.
+    # The lowest threshold at which the object is unmatched in any area range. Most candidates fail this test.
     lowest_free = np.zeros(num_gts, dtype=int)
     for i, rank in enumerate(candidates):
         if not (reached[i] > lowest_free).any():
             continue
-        key = np.where(free & (threshold_index < reached[i]), liking[i], -1)
+        key = np.where(free & (threshold_index < reached[i]), preference[i], -1)
         area, threshold = np.nonzero(key.max(axis=2) >= 0)
-        taken = (area, threshold, key[area, threshold].argmax(axis=1))
-        ranks[taken] = rank
-        free[taken] = False
+        matched = (area, threshold, key[area, threshold].argmax(axis=1))
+        ranks[matched] = rank
+        free[matched] = False
         still_free = free.any(axis=0)  # T x G
         lowest_free = np.where(still_free.any(axis=0), still_free.argmax(axis=0), num_thresholds)
     return ranks
 
 
 class RecallAccumulator:
-    """Collects matching results image by image and reports class-agnostic recall.
+    """Matches proposals image by image and reports class-agnostic recall.
 
-    Recall is over all objects of all images added, crowds left out; an image without proposals counts its objects.
-    Where no object counts (in an area range, or at all) recall is nan (COCOeval: -1).
-
-    Args:
-        max_proposals: of an image's proposals only the best so many take part, and AUC runs up to this N.
+    Recall is computed over all objects of all images that were added, without crowds. The objects of an image without proposals count as
+    missed. If no object counts (in an area range, or at all), recall is nan (COCOeval reports -1).
     """
 
     def __init__(self, *, max_proposals: int = PROPOSAL_COUNTS[-1]) -> None:
+        """
+        Args:
+            max_proposals: maximum number of proposals per image, at least 2; only the best ones are matched. It is also the upper limit of
+                the AUC. Default: 1000.
+
+        Raises:
+            ValueError: `max_proposals` is less than 2.
+        """
         if max_proposals < 2:
             raise ValueError(f"max_proposals must be at least 2, got {max_proposals}")
         self.max_proposals = max_proposals
         self.images: dict[Hashable, ImageRecall] = {}
 
     def add(self, image_id: Hashable, ground_truth: GroundTruth, proposals: Regions, scores: Sequence[float]) -> None:
-        """Match one image's proposals and keep the result; an image added before is replaced.
+        """Match the proposals of one image. An image that was added before is replaced.
 
         Args:
-            image_id: names the image.
-            ground_truth: its objects, G.
-            proposals: D boxes or masks, of the kind and in the frame of `ground_truth.regions`, in any order.
-            scores: D; of equal scores the first goes first.
+            image_id: identifier of the image.
+            ground_truth: the G objects of the image.
+            proposals: boxes or masks, of the same kind and in the same frame as `ground_truth.regions`, in any order.
+            scores: one score per proposal, higher is better. Proposals of equal score keep their order.
 
         Raises:
-            ValueError: numbers of proposals and scores differ, a score is nan, a box is not finite, or a mask is not of the size
-                of the ground truth's masks.
+            UserError: the numbers of proposals and scores differ, a score is nan, a box is not finite, or the size of a mask differs from
+                that of the objects' masks.
         """
         scores = np.asarray(scores, dtype=np.float64)
         if len(proposals) != len(scores):
@@ -147,15 +151,23 @@ class RecallAccumulator:
         self.images[image_id] = ImageRecall(match_ranks(ious, counted), counted)
 
     def merge(self, others: Iterable["RecallAccumulator"]) -> None:
-        """Take over the images of other accumulators (of other processes, say)."""
+        """Add the images of other accumulators, such as those of other processes.
+
+        Args:
+            others: accumulators; an image that several of them have is counted once.
+        """
         for other in others:
             self.images.update(other.images)
 
     def recall(self, count: int, area: str = "all") -> np.ndarray:
-        """Recall at `count` proposals an image and every IoU threshold, for the objects of one of AREA_RANGES.
+        """Compute the recall at every IoU threshold.
+
+        Args:
+            count: number of proposals per image.
+            area: a key of `AREA_RANGES`. Default: "all".
 
         Returns:
-            T, from 0 to 1, nan without objects.
+            (T,) from 0 to 1; nan without objects.
         """
         ranks = self._counted_ranks(area)
         if not ranks.shape[1]:
@@ -163,10 +175,14 @@ class RecallAccumulator:
         return (ranks < count).mean(axis=1)
 
     def average_recall(self, counts: Sequence[int], area: str = "all") -> np.ndarray:
-        """AR: recall averaged over the IoU thresholds, at each of `counts` proposals an image.
+        """Compute AR, the recall averaged over the IoU thresholds.
+
+        Args:
+            counts: numbers of proposals per image.
+            area: a key of `AREA_RANGES`. Default: "all".
 
         Returns:
-            As many as `counts`, from 0 to 1, nan without objects.
+            One AR per entry of `counts`, from 0 to 1; nan without objects.
         """
         ranks = self._counted_ranks(area)
         if not ranks.size:
@@ -174,10 +190,16 @@ class RecallAccumulator:
         return np.searchsorted(np.sort(ranks, axis=None), counts, side="left") / ranks.size
 
     def auc(self, area: str = "all") -> float:
-        """The area under AR against log10(N), N from 1 to max_proposals, divided by the width of that range.
+        """Compute the area under the curve of AR against log10(N), divided by the length of the axis.
 
-        Trapezoids between all whole N. From 0 to 1, nan without objects.
-        Source: the AUC of the DeepMask paper, whose text leaves the axis open; this one gives its published figures.
+        N runs over all integers from 1 to `max_proposals`, and the area between two of them is a trapezoid.
+        Source: the AUC of the DeepMask paper. Its text does not name the axis; this axis reproduces its published figures.
+
+        Args:
+            area: a key of `AREA_RANGES`. Default: "all".
+
+        Returns:
+            The AUC from 0 to 1; nan without objects.
         """
         counts = np.arange(1, self.max_proposals + 1)
         average_recall = self.average_recall(counts, area)
@@ -186,11 +208,11 @@ class RecallAccumulator:
         return float((heights * np.diff(log_counts)).sum() / log_counts[-1])
 
     def summarize(self) -> dict[str, float]:
-        """All figures in percent.
+        """Compute all figures in percent.
 
         Returns:
-            For each N of PROPOSAL_COUNTS "AR@N", "AR@N-small", "AR@N-medium", "AR@N-large" and "Recall@N-IoU50" to
-            "Recall@N-IoU95"; and "AUC". nan where no object counts.
+            "AUC", and for each N of `PROPOSAL_COUNTS`: "AR@N", "AR@N-small", "AR@N-medium", "AR@N-large", and "Recall@N-IoU50" to
+            "Recall@N-IoU95". A figure is nan if no object counts.
         """
         metrics = {f"AR@{count}": self.average_recall([count])[0] for count in PROPOSAL_COUNTS}
         metrics["AUC"] = self.auc()
@@ -203,21 +225,21 @@ class RecallAccumulator:
         return {key: 100 * float(value) for key, value in metrics.items()}
 
     def _counted_ranks(self, area: str) -> np.ndarray:
-        """T x (objects of all images that count in this area range)."""
+        """Ranks of the objects of all images that count in an area range: T x (number of objects)."""
         index = list(AREA_RANGES).index(area)
         ranks = [image.ranks[index][:, image.counted[index]] for image in self.images.values()]
         return np.concatenate([np.empty((len(IOU_THRESHOLDS), 0), dtype=np.int32)] + ranks, axis=1)
 
 
 def _check_boxes(image_id: Hashable, boxes: np.ndarray, numbers: np.ndarray) -> None:
-    """pycocotools gives a box that is not finite an IoU that no threshold turns away."""
+    """Refuse boxes that are not finite: pycocotools computes IoUs for them that pass every threshold."""
     bad = np.flatnonzero(~np.isfinite(boxes).all(axis=1))
     if len(bad):
         raise UserError(f"image {image_id}: the box of proposal {numbers[bad[0]]} is {boxes[bad[0]].tolist()}")
 
 
-def _check_mask_sizes(image_id: Hashable, gts: list, proposals: list) -> None:
-    """pycocotools gives masks of different frames an IoU of -1 instead of an error."""
+def _check_mask_sizes(image_id: Hashable, gts: list[dict], proposals: list[dict]) -> None:
+    """Refuse masks of different sizes: pycocotools returns an IoU of -1 for them and raises no error."""
     sizes = {tuple(rle["size"]) for rle in gts + proposals}
     if len(sizes) > 1:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Analyses of proposals: straight edges, repetition, the worth of a perfect order; and the script that prints them."""
+"""Straight edges, repetition and the ranking oracle against slow references; the script that prints the tables."""
 
 import json
 import math
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
 from sharpmask_d2.data.coco import load_annotations
+from sharpmask_d2.evaluation.analysis.image_proposals import images_of_results
+from sharpmask_d2.evaluation.analysis.ranking_oracle import by_overlap, one_of_each_first
+from sharpmask_d2.evaluation.analysis.repetition import overlap_with_earlier
+from sharpmask_d2.evaluation.analysis.straight_edges import has_straight_edge, longest_straight_run
 from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json
-from sharpmask_d2.evaluation.proposed_image import images_of_results
-from sharpmask_d2.evaluation.ranking_oracle import by_overlap, one_of_each_first
-from sharpmask_d2.evaluation.repetition import overlap_with_earlier
-from sharpmask_d2.evaluation.straight_edges import has_straight_edge, longest_straight_run
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "analyze_proposals.py"
 
@@ -28,8 +28,8 @@ def disc(radius: float, *, size=(200, 200), centre=(100, 100)) -> np.ndarray:
     return (ys - centre[0]) ** 2 + (xs - centre[1]) ** 2 <= radius**2
 
 
-def slow_run(mask: np.ndarray, border: float) -> int:
-    """Pixel by pixel along every place between two rows, then between two columns."""
+def reference_run(mask: np.ndarray, border: float) -> int:
+    """Length of the longest run, found pixel by pixel along every boundary between two rows, then between two columns."""
     longest = 0
     for bitmap in (mask, mask.T):
         height, width = bitmap.shape
@@ -48,19 +48,19 @@ def slow_run(mask: np.ndarray, border: float) -> int:
     return longest
 
 
-def test_longest_straight_run_is_that_of_a_slow_search():
+def test_longest_straight_run_equals_a_pixelwise_search():
     rng = np.random.default_rng(0)
     for size in ((1, 1), (1, 7), (6, 9), (13, 8)):
         for density in (0.0, 0.2, 0.5, 0.9, 1.0):
             mask = rng.random(size) < density
-            # Blocks have runs of more than a pixel.
+            # Enlarged pixels make runs longer than one pixel.
             for bitmap in (mask, np.kron(mask, np.ones((2, 3), bool))):
                 for border in (0, 1.5, 3):
-                    assert longest_straight_run(bitmap, border) == slow_run(bitmap, border)
+                    assert longest_straight_run(bitmap, border) == reference_run(bitmap, border)
 
 
-def test_runs_of_both_sides_do_not_join():
-    # A checkerboard of two blocks: above left and below right, the outline between the rows has them on different sides.
+def test_runs_on_opposite_sides_of_the_mask_are_not_joined():
+    # Two blocks that touch at a corner: one lies above the boundary between the rows, the other one below it.
     mask = np.zeros((20, 40), bool)
     mask[5:10, 10:20] = mask[10:15, 20:30] = True
     assert longest_straight_run(mask) == 10
@@ -77,12 +77,12 @@ def test_discs_have_no_straight_edge_and_cut_discs_have_one(radius):
     ):
         part = whole.copy()
         part[cut] = False
-        # The chord at half the radius is 0.87 of the diameter.
+        # A chord at half the radius has 0.87 of the diameter's length.
         assert has_straight_edge(encode(part))
 
 
-def test_the_border_of_the_image_cuts_nothing():
-    # The image cuts the disc itself, or the outline stops a pixel or two before it.
+def test_the_image_border_is_not_a_straight_edge():
+    # The image cuts the disc, or the outline ends one or two pixels inside the image.
     for x in (0, 1, 2):
         mask = disc(60, size=(200, 300), centre=(100, 10))
         mask[:, :x] = False
@@ -93,8 +93,8 @@ def test_the_border_of_the_image_cuts_nothing():
     assert not has_straight_edge(encode(np.zeros((30, 40), bool)))
 
 
-def test_forty_percent_of_the_larger_side_are_not_yet_a_straight_edge():
-    # Stairs of 40 or 41 pixels within a box of 100.
+def test_a_straight_edge_is_longer_than_forty_percent_of_the_larger_side():
+    # A step of 40 or 41 pixels in a box of 100 pixels.
     for step, straight in ((40, False), (41, True)):
         mask = np.zeros((200, 200), bool)
         for number, width in enumerate((step, 30, 100 - step - 30)):
@@ -103,17 +103,17 @@ def test_forty_percent_of_the_larger_side_are_not_yet_a_straight_edge():
         assert has_straight_edge(encode(mask)) == straight
 
 
-def test_overlap_with_earlier_is_the_highest_of_those_before():
+def test_overlap_with_earlier_is_the_highest_iou_with_a_better_proposal():
     rows = np.zeros((4, 10, 10), bool)
     rows[0, :4] = rows[1, 5:7] = rows[2, 2:4] = rows[3, :4] = True
     assert overlap_with_earlier([encode(mask) for mask in rows]).tolist() == [0, 0, 0.5, 1]
     assert overlap_with_earlier([]).tolist() == []
 
 
-def test_orders_that_know_the_objects():
+def test_oracle_orders_by_hand():
     ious = np.array([[0.1, 0.3], [0.8, 0.2], [0.9, 0.0], [0.0, 0.0], [0.85, 0.5]])
     assert by_overlap(ious).tolist() == [2, 4, 1, 0, 3]
-    # The second object's best is free after the first has taken its own.
+    # Both objects get a proposal of their own before any object gets a second one.
     assert one_of_each_first(ious).tolist() == [2, 4, 1, 0, 3]
     assert one_of_each_first(ious[[0, 1, 2, 3]]).tolist() == [2, 0, 1, 3]
     assert one_of_each_first(ious[:, :1]).tolist() == [2, 4, 1, 0, 3]
@@ -124,7 +124,8 @@ def test_orders_that_know_the_objects():
 
 @pytest.fixture
 def files(tmp_path, make_dataset):
-    """Three images with three objects each, one with a crowd, and proposals: the first object 20 times, then the others, then noise."""
+    """Three images with three objects each, one of them a crowd, an empty image, and proposals: 20 copies of each image's first object,
+    then its other objects."""
     dataset = make_dataset(tmp_path, num_images=3, crowd=True, empty=True)
     results = []
     for image_id, masks in dataset.masks.items():
@@ -151,7 +152,7 @@ def test_the_tool_prints_and_writes_its_tables(files, tmp_path, monkeypatch, cap
         assert table in printed
     assert "nan" not in printed.split("Repetition")[1].split("Order")[0]
     numbers = {row["masks"]: row["number"] for row in written["straight edges"]}
-    # Image 1 has two objects and a crowd, the others three objects, and one image none.
+    # Image 1 has two objects and a crowd, images 2 and 3 have three objects, and image 4 has none.
     assert numbers == {"first 10": 30, "first 100": 21 + 22 + 22, "true masks": 8}
     (repetition,) = written["repetition"]
     assert repetition["IoU 0.9"] == pytest.approx(100 * 57 / 65)
@@ -162,7 +163,7 @@ def test_the_tool_prints_and_writes_its_tables(files, tmp_path, monkeypatch, cap
         assert orders["as scored", "all"][key] == pytest.approx(expected[key])
         small = expected[f"{key}-small"]
         assert orders["as scored", "small"][key] == (None if math.isnan(small) else pytest.approx(small))
-    # All are found, but the first ten show one object an image, unless every object comes first once.
+    # All objects are found, but the first ten proposals of an image show one object, unless every object is shown once first.
     assert orders["as scored", "all"]["AR@10"] == pytest.approx(100 * 3 / 8)
     assert orders["by their IoU", "all"]["AR@10"] == pytest.approx(100 * 3 / 8)
     assert orders["one of each object first", "all"]["AR@10"] == 100
@@ -178,7 +179,7 @@ def test_the_tool_prints_and_writes_its_tables(files, tmp_path, monkeypatch, cap
         ),
     ],
 )
-def test_bad_files_end_in_one_line(files, monkeypatch, capsys, change, message):
+def test_broken_results_end_in_one_line(files, monkeypatch, capsys, change, message):
     dataset, proposals = files
     results = json.loads(proposals.read_text())
     change(results)
@@ -189,7 +190,7 @@ def test_bad_files_end_in_one_line(files, monkeypatch, capsys, change, message):
     assert message in capsys.readouterr().err
 
 
-def test_boxes_alone_and_annotations_without_boxes_are_refused(files, tmp_path):
+def test_results_without_masks_and_annotations_without_boxes_are_refused(files, tmp_path):
     dataset, _ = files
     path = tmp_path / "boxes.json"
     path.write_text(json.dumps([{"image_id": 1, "score": 1, "bbox": [0, 0, 5, 5]}]))

@@ -1,4 +1,4 @@
-"""Why objects are missed: windows near to objects, causes against a slow version, and a model's windows from end to end."""
+"""Why objects are missed: windows near objects, causes against a slow reference, and the windows of a model end to end."""
 
 import json
 import math
@@ -13,7 +13,8 @@ import torch
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_utils
 from sharpmask_d2.data.coco import load_annotations
-from sharpmask_d2.evaluation.missed_objects import (
+from sharpmask_d2.evaluation.analysis.image_proposals import image_proposals
+from sharpmask_d2.evaluation.analysis.missed_objects import (
     BAD_MASK,
     BAD_RANK,
     CAUSES,
@@ -24,9 +25,8 @@ from sharpmask_d2.evaluation.missed_objects import (
     WindowRule,
     causes,
 )
-from sharpmask_d2.evaluation.model_proposals import images_of_model, window_rule
+from sharpmask_d2.evaluation.analysis.model_proposals import images_of_model, window_rule
 from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json
-from sharpmask_d2.evaluation.proposed_image import proposed_image
 from sharpmask_d2.evaluation.recall import IOU_THRESHOLDS, match_ranks
 from sharpmask_d2.inference.predictor import ProposalPredictor, load_model
 from sharpmask_d2.inference.propose import build_config
@@ -51,7 +51,7 @@ def filled(box, size=SIZE) -> np.ndarray:
 
 
 def annotate(objects: list, size=SIZE) -> dict:
-    """A COCO dataset of one image, number 1, of filled boxes (x0, y0, x1, y1)."""
+    """A COCO dataset of one image, whose id is 1, with filled boxes (x0, y0, x1, y1) as objects."""
     annotations = [
         {
             "id": number,
@@ -74,24 +74,24 @@ def load(content: dict, folder: Path):
     return load_annotations(path)
 
 
-def test_near_windows_are_within_shift_and_octaves_of_the_canonical_one():
-    # The object's larger side is 80, so its canonical window has a side of 100 at (200, 150).
+def test_near_windows_lie_within_shift_and_octaves_of_the_canonical_window():
+    # The larger side of the object is 80 pixels, so its canonical window has a side of 100 pixels and its centre at (200, 150).
     box = np.array([[160.0, 130, 240, 170]])
-    # A patch of 160 pixels shows the canonical object in 92: the patch around a window of 100 covers 100 * 0.8 * 160 / 92.
+    # The canonical object has 92 pixels in a patch of 160, so the patch of a window of 100 pixels has a side of 100 * 0.8 * 160 / 92.
     limit = 16 * (100 * 0.8 * 160 / 92) / 160
     moves = [(0, 0, 1), (limit - 0.1, 0, 1), (0, 0.1 - limit, 1), (limit + 0.1, 0, 1), (0, -limit - 0.1, 1)]
     moves += [(0, 0, 2**0.24), (0, 0, 2**-0.24), (0, 0, 2**0.26), (0, 0, 2**-0.26)]
     windows = [[200 + x - 50 * f, 150 + y - 50 * f, 200 + x + 50 * f, 150 + y + 50 * f] for x, y, f in moves]
     expected = [True, True, True, False, False, True, True, False, False]
     assert RULE.near(np.array(windows), box)[:, 0].tolist() == expected
-    # Nothing depends on the size of the image.
+    # The rule does not depend on the scale of the image.
     assert RULE.near(np.array(windows) * 0.1, box * 0.1)[:, 0].tolist() == expected
     assert RULE.near(np.zeros((0, 4)), box).shape == (0, 1)
     assert RULE.near(np.array(windows), np.zeros((0, 4))).shape == (9, 0)
 
 
 @pytest.mark.parametrize("model", ["sharpmask_bifpn_lite0", "sharpmask_lite0"])
-def test_near_windows_are_those_that_the_label_rule_calls_positive(model):
+def test_near_windows_are_those_that_training_labels_positive(model):
     cfg = build_config(model, opts=("MODEL.WEIGHTS", ""))
     network = load_model(cfg)
     rng = np.random.default_rng(0)
@@ -113,7 +113,7 @@ def test_near_windows_are_those_that_the_label_rule_calls_positive(model):
     assert near.any()
 
 
-def slow_cause(rank, ious, near, threshold, count) -> str:
+def reference_cause(rank, ious, near, threshold, count) -> str:
     if rank < count:
         return FOUND
     if any(iou >= threshold for iou in ious[:count]):
@@ -123,7 +123,7 @@ def slow_cause(rank, ious, near, threshold, count) -> str:
     return BAD_MASK if near else NO_WINDOW
 
 
-def test_causes_are_those_of_a_slow_version():
+def test_causes_equal_those_of_a_slow_reference():
     rng = np.random.default_rng(0)
     seen = set()
     for _ in range(20):
@@ -133,40 +133,35 @@ def test_causes_are_those_of_a_slow_version():
         ranks = match_ranks(ious, counted)
         for count in (0, 4, 12):
             found = causes(ranks, ious, near, count)
-            for area, threshold, thing in np.ndindex(*found.shape):
-                if counted[area, thing]:
-                    expected = slow_cause(
-                        ranks[area, threshold, thing], ious[:, thing], near[thing], IOU_THRESHOLDS[threshold], count
+            for area, threshold, index in np.ndindex(*found.shape):
+                if counted[area, index]:
+                    expected = reference_cause(
+                        ranks[area, threshold, index], ious[:, index], near[index], IOU_THRESHOLDS[threshold], count
                     )
-                    assert CAUSES[found[area, threshold, thing]] == expected
+                    assert CAUSES[found[area, threshold, index]] == expected
                     seen.add(expected)
     assert seen == set(CAUSES)
-    assert causes(
-        match_ranks(np.zeros((0, 2)), np.ones((1, 2), bool)), np.zeros((0, 2)), np.zeros(2, bool), 10
-    ).shape == (
-        1,
-        10,
-        2,
-    )
+    ranks = match_ranks(np.zeros((0, 2)), np.ones((1, 2), bool))
+    assert causes(ranks, np.zeros((0, 2)), np.zeros(2, bool), 10).shape == (1, 10, 2)
 
 
-def test_each_cause_is_found_where_it_was_made(tmp_path):
-    # Large objects of 100 x 100: found, late, badly masked, without a window; and two that overlap by 90 %, of which one mask shows both.
+def test_each_cause_is_reported_for_an_object_made_for_it(tmp_path):
+    # Objects of 100 x 100 pixels: found, with a low rank, with a bad mask, without a window; and two that overlap by 90 % and share a mask.
     objects = [(x, 10, x + 100, 110) for x in (10, 130, 250, 370)] + [(10, 200, 110, 300), (10, 205, 110, 305)]
     coco = load(annotate(objects), tmp_path)
     good = [filled(objects[i]) for i in (0, 4)]
     half = filled((250, 10, 350, 50))  # IoU 0.4
     noise = filled((560, 380, 561, 381))
     masks = [*good, half, *[noise] * 147, filled(objects[1])]
-    # Windows in which an object of 100 fits; those of noise are far from everything.
+    # Canonical windows of objects of 100 pixels; the windows of noise are far from all objects.
     around = {0: objects[0], 1: objects[4], 2: objects[2], 150: objects[1]}
     windows = np.full((151, 4), 5000.0)
     windows[:, 2:] += 10
     for number, (x0, y0, x1, y1) in around.items():
         windows[number] = [x0 - 12.5, y0 - 12.5, x1 + 12.5, y1 + 12.5]
-    # In another order than that of the scores.
+    # The proposals are not sorted by score.
     shuffled = np.random.default_rng(0).permutation(151)
-    image = proposed_image(coco, 1, [encode(masks[i]) for i in shuffled], -shuffled, windows[shuffled])
+    image = image_proposals(coco, 1, [encode(masks[i]) for i in shuffled], -shuffled, windows[shuffled])
     analysis = MissedObjects(RULE)
     analysis.add(image)
     (table,) = analysis.tables()
@@ -182,7 +177,7 @@ def test_each_cause_is_found_where_it_was_made(tmp_path):
             if count == 1000:
                 del expected[BAD_RANK]
             assert at_half == pytest.approx({cause: 100 * number / 6 for cause, number in expected.items()})
-            # At 0.95 the second of the overlapping objects has no mask that is good enough; its window is near, by the first's.
+            # At 0.95 no mask fits the second of the overlapping objects, but the window of the first one is near it.
             assert rows[count, area, TAKEN]["0.95"] == 0
             assert rows[count, area, BAD_MASK]["0.95"] == pytest.approx(100 * 2 / 6)
             assert rows[count, area, BAD_MASK]["mean"] == pytest.approx(100 * 1.1 / 6)
@@ -193,7 +188,7 @@ def test_each_cause_is_found_where_it_was_made(tmp_path):
 
 
 class FakePredictor:
-    """Gives prepared proposals of any image."""
+    """Returns prepared proposals for any image."""
 
     def __init__(self, proposals: Instances):
         self.proposals = proposals
@@ -214,11 +209,11 @@ def test_windows_stay_with_their_masks(tmp_path):
     (image,) = images_of_model(coco, str(tmp_path), FakePredictor(proposals))
     assert image.windows.tolist() == windows[[1, 2, 0]].tolist()
     np.testing.assert_allclose(image.ious, [[1, 0], [0, 0], [0, 1]], atol=1e-12)
-    assert image.given_boxes is None
+    assert image.masks_given_boxes is None
     wrong = Instances((50, 60))
     wrong.proposal_masks = WindowMasks(torch.ones(3, 4, 4), windows, (50, 60))
     wrong.objectness_logits = proposals.objectness_logits
-    with pytest.raises(ValueError, match="image 1: a proposal's mask has the size"):
+    with pytest.raises(ValueError, match="image 1: the mask of a proposal has the size"):
         list(images_of_model(coco, str(tmp_path), FakePredictor(wrong)))
 
 
@@ -236,7 +231,7 @@ def test_the_tool_runs_a_model(tmp_path, make_dataset, monkeypatch, capsys):
     written = json.loads(output.read_text())
     assert "Missed objects" in capsys.readouterr().out
     rows = {(r["proposals"], r["objects"], r["cause"]): r for r in written["missed objects"]}
-    # What is found is the recall of these proposals.
+    # The share of found objects is the recall of these proposals.
     predictor = ProposalPredictor(build_config(opts=tuple(options)))
     results = []
     for image_id in (1, 2):
@@ -254,7 +249,7 @@ def test_the_tool_runs_a_model(tmp_path, make_dataset, monkeypatch, capsys):
     assert expected["AR@100"] > 20
 
 
-def test_the_tool_names_an_image_that_is_not_there(tmp_path, make_dataset, monkeypatch, capsys):
+def test_the_tool_names_a_missing_image(tmp_path, make_dataset, monkeypatch, capsys):
     dataset = make_dataset(tmp_path, num_images=1)
     (dataset.image_root / "1.png").unlink()
     with pytest.raises(SystemExit) as stopped:

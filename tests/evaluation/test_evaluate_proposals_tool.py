@@ -1,4 +1,4 @@
-"""The scripts evaluate_proposals.py and selective_search.py, run as a user runs them (in this process)."""
+"""The scripts evaluate_proposals.py and selective_search.py, run with command lines in this process."""
 
 import json
 import runpy
@@ -72,7 +72,7 @@ def test_pictures_show_the_best_and_the_worst(annotations, tmp_path, monkeypatch
     square = {"category_id": 1, "segmentation": [[10, 20, 60, 20, 60, 60, 10, 60]]}
     half = {**square, "segmentation": [[10, 20, 60, 20, 60, 40, 10, 40]]}
     proposals = tmp_path / "proposals.json"
-    # The whole object is found in image 4 only.
+    # A mask of the whole object exists in image 4 only.
     results = [{**half, "image_id": 3, "score": 0.9}, {**square, "image_id": 4, "score": 0.5}]
     proposals.write_text(json.dumps([*results, {**half, "image_id": 4, "score": 0.7}]))
     ranked = rank_images(COCO(str(annotations)), json.loads(proposals.read_text()))
@@ -83,7 +83,8 @@ def test_pictures_show_the_best_and_the_worst(annotations, tmp_path, monkeypatch
     run_tool(monkeypatch, "evaluate_proposals.py", *arguments, "--image-root", tmp_path)
     best, worst = (cv2.imread(str(tmp_path / "pictures" / name)) for name in ("best_1.jpg", "worst_1.jpg"))
     assert best.shape == (100, 240, 3)
-    # Grey of 120 is image 4. The lower half of the object is coloured on both sides of the best, only left of the worst.
+    # The grey value of image 4 is 120. The lower half of the object is coloured in both panels of the best picture, but only in the left
+    # panel of the worst.
     assert abs(int(best[90, 100].mean()) - 120) < 8
     changed = {
         name: np.ptp(picture[50, [30, 150]].astype(int), axis=1) > 40
@@ -100,11 +101,14 @@ def test_pictures_show_the_best_and_the_worst(annotations, tmp_path, monkeypatch
     ("content", "message"),
     [
         ("[{", "proposals.json is not JSON"),
-        ('[{"image_id": 9, "score": 1, "bbox": [0, 0, 1, 1]}]', "image 9 of result 0 is not"),
+        ('[{"image_id": 9, "score": 1, "bbox": [0, 0, 1, 1]}]', "image 9 of result 0"),
         (None, "proposals.json"),
+        ('[{"image_id": 3, "score": NaN, "bbox": [0, 0, 1, 1]}]', "result 0, of image 3, has the score nan"),
     ],
 )
-def test_evaluate_proposals_ends_with_a_message(annotations, tmp_path, monkeypatch, capsys, content, message):
+def test_evaluate_proposals_ends_in_one_line_for_broken_results(
+    annotations, tmp_path, monkeypatch, capsys, content, message
+):
     proposals = tmp_path / "proposals.json"
     if content is not None:
         proposals.write_text(content)
@@ -119,7 +123,7 @@ def test_evaluate_proposals_warns(annotations, tmp_path, monkeypatch, caplog):
     proposals.write_text(json.dumps([{"image_id": 3, "score": 0.5, "bbox": [10, 20, 150, 31]}]))
     run_tool(monkeypatch, "evaluate_proposals.py", "--annotations", annotations, "--proposals", proposals)
     assert f"{proposals}: 1 of the 2 images of the annotations have no results" in caplog.text
-    assert "1 of 1 boxes reach beyond their images" in caplog.text
+    assert "1 of 1 boxes extend beyond their images" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"images": [{"id": 1}]}', '{"images": [1]}', '{"images": 1}'])

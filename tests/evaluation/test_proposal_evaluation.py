@@ -1,4 +1,4 @@
-"""Recall of proposals against pycocotools, the evaluator against the JSON function."""
+"""Recall of proposals against pycocotools; the evaluator for Detectron2 against the function for result files."""
 
 import contextlib
 import io
@@ -15,7 +15,8 @@ from pycocotools.cocoeval import COCOeval
 
 from detectron2.data import MetadataCatalog  # isort: skip
 from detectron2.structures import Boxes, Instances  # isort: skip
-from sharpmask_d2.evaluation import ProposalEvaluator, coco_results, proposal_evaluation
+from sharpmask_d2.errors import UserError
+from sharpmask_d2.evaluation import ProposalEvaluator
 from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json, format_table
 from sharpmask_d2.evaluation.recall import UNMATCHED, GroundTruth, RecallAccumulator, match_ranks
 
@@ -25,7 +26,7 @@ COUNTS = (10, 100, 1000)
 
 
 class Masks:
-    """All that the evaluator asks of window masks."""
+    """The part of window masks that the evaluator uses."""
 
     def __init__(self, rles):
         self.rles = rles
@@ -80,7 +81,8 @@ def as_dataset(num_images, annotations) -> dict:
 
 
 def random_dataset(seed, num_images=7, max_proposals=40):
-    """Objects of all sizes, crowds, repeats; proposals with tied scores and repeats; images that lack either."""
+    """Objects of all sizes with crowds and duplicates, and proposals with equal scores and duplicates. Image 2 has no objects, image 3 no
+    proposals."""
     rng = np.random.default_rng(seed)
     annotations, results = [], []
     for image_id in range(1, num_images + 1):
@@ -121,7 +123,7 @@ def load(dataset) -> COCO:
 
 
 def cocoeval_recall(dataset, results, kind, max_dets) -> np.ndarray:
-    """T x A x len(max_dets), with nan for no objects."""
+    """Recall as T x A x len(max_dets); nan without objects."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = load(dataset)
         evaluation = COCOeval(truth, truth.loadRes(json.loads(json.dumps(results))), kind)
@@ -134,7 +136,7 @@ def cocoeval_recall(dataset, results, kind, max_dets) -> np.ndarray:
 
 
 def cocoeval_metrics(dataset, results, kind) -> dict:
-    """What summarize gives, but AUC."""
+    """The figures of `RecallAccumulator.summarize` except AUC, from COCOeval."""
     recall = 100 * cocoeval_recall(dataset, results, kind, COUNTS)
     metrics = {}
     for n, count in enumerate(COUNTS):
@@ -164,7 +166,7 @@ def run_evaluator(evaluator, results, image_ids, with_masks=True) -> None:
 
 @pytest.fixture
 def register(tmp_path):
-    """Registers a data set's metadata and returns its name; afterwards the name is free again."""
+    """A function that registers the metadata of a dataset for the duration of the test and returns its name."""
     names = []
 
     def register_dataset(dataset) -> str:
@@ -185,8 +187,8 @@ def register(tmp_path):
 
 @pytest.mark.parametrize("kind", ["segm", "bbox"])
 @pytest.mark.parametrize("seed", range(6))
-def test_figures_are_those_of_cocoeval(kind, seed):
-    # Many small draws and one of more proposals than take part at the largest N.
+def test_figures_equal_those_of_cocoeval(kind, seed):
+    # Many small datasets, and one with more than the maximum of 1000 proposals in an image.
     dataset, results = random_dataset(seed, num_images=12, max_proposals=250)
     if seed == 5:
         extra = [{**r, "score": r["score"] + 0.01 * i} for i in range(1, 26) for r in results if r["image_id"] == 1]
@@ -211,13 +213,13 @@ def test_auc_is_the_area_under_cocoevals_ar(kind):
         area += (average_recall[n] + average_recall[n - 1]) / 2 * (np.log10(n + 1) - np.log10(n))
     metrics = evaluate_proposal_json(load(dataset), results, max_proposals=40)[kind]
     assert metrics["AUC"] == pytest.approx(100 * area / np.log10(40), abs=1e-6)
-    # Only the best max_proposals of an image take part, as with COCOeval's largest maxDets.
+    # Only the best `max_proposals` of an image are evaluated, as with COCOeval's largest maxDets.
     assert metrics["AR@1000"] == pytest.approx(100 * average_recall[-1], abs=1e-6)
     assert metrics["AR@1000"] < evaluate_proposal_json(load(dataset), results)[kind]["AR@1000"]
 
 
 def test_auc_of_the_whole_range():
-    # One object, taken at every threshold by the proposal of rank 10: AR is 0 below N = 10 and 1 from there on.
+    # One object, matched at every threshold by the tenth proposal: AR is 0 below N = 10 and 1 from N = 10 on.
     recall = RecallAccumulator()
     boxes = np.array([[50.0, 50, 5, 5]] * 9 + [[0.0, 0, 10, 10]])
     recall.add(1, GroundTruth(boxes[9:], np.array([100.0]), np.array([False])), boxes, np.arange(10, 0, -1))
@@ -234,15 +236,16 @@ def test_matching_by_hand():
     counted = np.array([[True, True, True], [True, False, False]])
     ranks = match_ranks(ious, counted, thresholds=np.array([0.5, 0.65, 0.85]))
     assert ranks[0].tolist() == [
-        [3, 1, 0],  # 0 takes the last of equals, 1 its second choice, 2 finds nothing free, 3 what is left
+        # Proposal 0 is matched to the last of two equal objects, 1 to its second choice, 2 to none, 3 to the remaining object.
+        [3, 1, 0],
         [3, 1, 0],
         [UNMATCHED, 2, 0],
     ]
-    # Where objects 1 and 2 do not count, proposals go to 0 although they fit another better.
+    # If objects 1 and 2 do not count, proposals are matched to object 0 although they fit another object better.
     assert ranks[1].tolist() == [[0, UNMATCHED, UNMATCHED], [1, UNMATCHED, UNMATCHED], [UNMATCHED] * 3]
 
 
-def test_images_without_proposals_count_their_objects():
+def test_objects_of_images_without_proposals_count_as_missed():
     rle = draw_ellipse(40, 50, 20, 25)
     dataset = as_dataset(4, [annotation(i, i, rle) for i in range(1, 5)])
     metrics = evaluate_proposal_json(load(dataset), [result(2, rle, 0.5)])
@@ -250,7 +253,7 @@ def test_images_without_proposals_count_their_objects():
         assert metrics[kind]["AR@10"] == metrics[kind]["AUC"] == metrics[kind]["Recall@1000-IoU95"] == 25
 
 
-def test_no_objects_give_nan():
+def test_recall_without_objects_is_nan():
     rle = draw_ellipse(40, 50, 20, 25)
     crowd_only = as_dataset(2, [annotation(1, 1, rle, iscrowd=1)])
     assert all(np.isnan(v) for v in evaluate_proposal_json(load(crowd_only), [result(1, rle, 0.5)])["segm"].values())
@@ -263,7 +266,7 @@ def test_no_objects_give_nan():
 
 @pytest.mark.parametrize(("categories", "recall"), [((1, 2), 50), ((2, 1), 100)])
 def test_category_order_decides_between_equal_ious(categories, recall):
-    # The first proposal fits both objects equally and takes the one of the higher category, the second fits only b.
+    # The first proposal fits both objects equally and is matched to the one of the higher category; the second fits only b.
     a, b, between = np.zeros((3, HEIGHT, WIDTH))
     a[:100, :100] = b[:100, 50:150] = between[:100, 25:125] = 1
     dataset = as_dataset(
@@ -279,7 +282,7 @@ def test_category_order_decides_between_equal_ious(categories, recall):
         assert metrics["Recall@10-IoU60"] == cocoeval_metrics(dataset, results, kind)["Recall@10-IoU60"] == recall
 
 
-def test_accumulator_names_the_image_in_errors():
+def test_accumulator_errors_name_the_image():
     rle = draw_ellipse(40, 50, 20, 25)
     truth = GroundTruth([rle], np.array([100.0]), np.array([False]))
     recall = RecallAccumulator()
@@ -326,11 +329,11 @@ def test_evaluator_without_masks_reports_boxes_only(register):
     assert list(evaluator.evaluate()) == ["bbox"]
 
 
-def test_evaluator_warns_of_images_that_never_came(register, caplog):
+def test_evaluator_warns_of_images_that_were_not_processed(register, caplog):
     dataset, results = random_dataset(23)
     evaluator = ProposalEvaluator(register(dataset), distributed=False)
     run_evaluator(evaluator, results, range(1, 5))
-    with caplog.at_level(logging.WARNING, logger=proposal_evaluation.__name__):
+    with caplog.at_level(logging.WARNING):
         metrics = evaluator.evaluate()
     assert "3 of the 7 images" in caplog.text
     assert metrics == {
@@ -351,19 +354,19 @@ def test_evaluator_gathers_over_processes(register, monkeypatch, caplog):
         sent.append(data)
         return list(sent)
 
-    monkeypatch.setattr(proposal_evaluation.comm, "get_world_size", lambda: 2)
-    monkeypatch.setattr(proposal_evaluation.comm, "synchronize", lambda: None)
-    monkeypatch.setattr(proposal_evaluation.comm, "gather", gather)
-    monkeypatch.setattr(proposal_evaluation.comm, "is_main_process", lambda: len(sent) == 2)
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    monkeypatch.setattr("detectron2.utils.comm.synchronize", lambda: None)
+    monkeypatch.setattr("detectron2.utils.comm.gather", gather)
+    monkeypatch.setattr("detectron2.utils.comm.is_main_process", lambda: len(sent) == 2)
     assert second.evaluate() == {}
-    with caplog.at_level(logging.WARNING, logger=proposal_evaluation.__name__):
+    with caplog.at_level(logging.WARNING):
         metrics = first.evaluate()
     assert not caplog.records
     expected = evaluate_proposal_json(load(dataset), results)
     assert metrics == {kind: pytest.approx(values, abs=1e-9, nan_ok=True) for kind, values in expected.items()}
 
 
-def test_evaluator_errors_name_the_culprit(register):
+def test_evaluator_errors_name_image_and_annotation(register):
     rle = draw_ellipse(40, 50, 20, 25)
     dataset = as_dataset(2, [annotation(5, 1, rle), annotation(6, 2, rle)])
     del dataset["annotations"][1]["segmentation"]
@@ -387,7 +390,7 @@ def test_evaluator_errors_name_the_culprit(register):
 # ---------------------------------------------------------------------------------------------------- the JSON function
 
 
-def test_json_from_files_and_boxes_from_masks(tmp_path):
+def test_results_are_read_from_files_and_missing_boxes_from_masks(tmp_path):
     dataset, results = random_dataset(31)
     for name, content in (("annotations", dataset), ("proposals", results)):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -397,13 +400,13 @@ def test_json_from_files_and_boxes_from_masks(tmp_path):
     assert evaluate_proposal_json(load(dataset), [])["bbox"]["AR@1000"] == 0
 
 
-def test_json_errors_name_the_culprit(tmp_path):
+def test_errors_in_result_files_name_file_and_result(tmp_path):
     rle = draw_ellipse(40, 50, 20, 25)
     coco = load(as_dataset(1, [annotation(1, 1, rle)]))
     good = result(1, rle, 0.5)
     boxes_only = {key: value for key, value in good.items() if key != "segmentation"}
     for results, message in (
-        ([result(99, rle, 0.5)], "none of its 1 images is in the annotations, image 99 of result 0 is not"),
+        ([result(99, rle, 0.5)], "none of its 1 images is in the annotations, for example image 99 of result 0"),
         ([good, boxes_only], "only some results have a segmentation; result 1"),
         ([{"image_id": 1, "bbox": [0, 0, 1, 1]}], "result 0 has no score"),
         ([{"image_id": 1, "score": 1}], "result 0 has no bbox or segmentation"),
@@ -453,38 +456,39 @@ def test_broken_results_are_named(change, message):
     rle = draw_ellipse(40, 50, 20, 25)
     coco = load(as_dataset(2, [annotation(1, 2, rle)]))
     good = result(2, rle, 0.5)
-    with pytest.raises(ValueError, match=f"proposals: result 2, of image 2, .*{message}") as raised:
+    with pytest.raises(UserError, match=f"proposals: result 2, of image 2, .*{message}") as raised:
         evaluate_proposal_json(coco, [result(1, rle, 0.5), good, {**good, **change}, good])
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("area", [float("nan"), -1, "12"])
-def test_an_area_that_is_none_does_not_drop_its_object(area):
+def test_an_invalid_area_is_an_error(area):
     rle = draw_ellipse(40, 50, 20, 25)
     dataset = load(as_dataset(1, [annotation(7, 1, rle, area=area)]))
     with pytest.raises(ValueError, match="annotation 7 of image 1: area is"):
         evaluate_proposal_json(dataset, [result(1, rle, 0.5)])
 
 
-def test_what_is_strange_about_results_is_counted(caplog):
+def test_suspicious_results_are_logged_with_counts(caplog):
     rle = draw_ellipse(40, 100, 20, 25)
     dataset = as_dataset(5, [annotation(i, i, rle) for i in (1, 2, 3)] + [annotation(9, 3, rle)])
     good, unknown = result(1, rle, 0.5), result(99, rle, 0.5)
     x, y, w, h = good["bbox"]
     shifted = {**good, "bbox": [x + 1, y - 1, w, h]}
     corners = {**good, "bbox": [x, y, x + w, y + h]}
-    with caplog.at_level(logging.WARNING, logger=coco_results.__name__):
+    with caplog.at_level(logging.WARNING):
         metrics = evaluate_proposal_json(load(dataset), [good, shifted, corners, corners, result(2, rle, 0.5), unknown])
     assert metrics["segm"]["AR@10"] == metrics["bbox"]["AR@10"] == 50
     assert [record.getMessage() for record in caplog.records] == [
-        "proposals: 1 of 6 results are left out: they are of 1 images that the annotations do not have, such as 99",
-        "proposals: 3 of the 5 images of the annotations have no results, such as 3; their 2 objects count as missed",
-        "proposals: 2 of 5 boxes do not fit their masks, such as that of result 2: are they x0, y0, x1, y1 instead of x, y, width, height?",
-        "proposals: 2 of 6 boxes reach beyond their images, such as that of result 2: are they x0, y0, x1, y1 instead of x, y, width, "
-        "height?",
+        "proposals: 1 of 6 results are ignored: their 1 images are not in the annotations, for example image 99",
+        "proposals: 3 of the 5 images of the annotations have no results, for example image 3; their 2 objects count as missed",
+        "proposals: 2 of 5 boxes do not fit their masks, for example the box of result 2: "
+        "are they in the form x0, y0, x1, y1 instead of x, y, width, height?",
+        "proposals: 2 of 6 boxes extend beyond their images, for example the box of result 2: "
+        "are they in the form x0, y0, x1, y1 instead of x, y, width, height?",
     ]
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger=coco_results.__name__):
+    with caplog.at_level(logging.WARNING):
         evaluate_proposal_json(load(dataset), [result(i, rle, 0.5) for i in range(1, 6)])
     assert not caplog.records
 
