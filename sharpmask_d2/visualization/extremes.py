@@ -1,11 +1,14 @@
-"""The images on which proposals are best and worst, beside their objects.
+"""Pictures of the images on which proposals are best and worst.
 
-Shape letters: D proposals of an image, G objects of an image.
+Shape letters:
+    D: proposals of an image
+    G: objects of an image, without crowds
 """
 
 from collections import defaultdict
+from collections.abc import Hashable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 from pycocotools import mask as mask_util
@@ -19,25 +22,27 @@ from .pictures import write_picture
 
 
 class ImageOverlap(NamedTuple):
-    """How well the proposals of an image find its objects: mean over its G objects of the best IoU, objects as RLEs, and their best
-    proposals as RLEs, None for an object that none touches."""
+    """How well the proposals of an image cover its objects."""
 
-    image_id: int
+    image_id: Hashable
+    # Mean over the objects of the highest IoU with any proposal, from 0 to 1.
     overlap: float
-    objects: list
-    found: list
+    # G masks of the objects as compressed RLE.
+    objects: list[dict]
+    # G masks of the proposals with the highest IoU as compressed RLE; None if no proposal overlaps the object.
+    found: list[Optional[dict]]
 
 
-def rank_images(coco: COCO, results: list, *, num_proposals: int = 100) -> list:
-    """Images by the mean best overlap of their objects' masks, crowds left out, highest first.
+def rank_images(coco: COCO, results: list[dict], *, num_proposals: int = 100) -> list[ImageOverlap]:
+    """Sort images by the mean over their objects of the highest mask IoU with a proposal (mean best overlap).
 
     Args:
         coco: annotations that `data.coco.check_annotations` has passed.
         results: COCO results with segmentations that `evaluation.coco_results.check_results` has passed.
-        num_proposals: how many of an image's best proposals count.
+        num_proposals: maximum number of proposals per image; the best ones are used. Default: 100.
 
     Returns:
-        list[ImageOverlap] of the images that have objects.
+        The images that have objects, best first.
     """
     by_image = defaultdict(list)
     for result in results:
@@ -60,19 +65,26 @@ def rank_images(coco: COCO, results: list, *, num_proposals: int = 100) -> list:
 
 
 def write_extremes(
-    coco: COCO, results: list, image_root: str, folder: str, *, failed: FailedImages, count: int = 4
-) -> list:
-    """Write pictures of the best and the worst images: their objects left, the best of 100 proposals for each right.
+    coco: COCO, results: list[dict], image_root: str, folder: str, *, failed: FailedImages, count: int = 4
+) -> list[str]:
+    """Write pictures of the images with the best and the worst proposals.
+
+    Each picture shows the objects on the left, and on the right the proposal with the highest IoU for each object, among the 100 best
+    proposals of the image.
 
     Args:
-        coco, results: see `rank_images`.
-        image_root: folder of the images.
-        folder: to write to; best_1.jpg is the best, worst_1.jpg the worst.
-        failed: names the images that cannot be read or drawn, and counts them; the others have their pictures.
-        count: pictures of each kind, at most.
+        coco: annotations that `data.coco.check_annotations` has passed.
+        results: COCO results with segmentations that `evaluation.coco_results.check_results` has passed.
+        image_root: path of the folder with the images.
+        folder: path of the output folder. best_1.jpg shows the best image, worst_1.jpg the worst.
+        failed: logs and counts images that cannot be read or drawn; they are skipped.
+        count: maximum number of pictures of each kind. Default: 4.
 
     Returns:
-        the paths that were written.
+        Paths of the written pictures.
+
+    Raises:
+        OutputError: a picture cannot be written.
     """
     ranked = rank_images(coco, results)
     paths = []
@@ -81,9 +93,9 @@ def write_extremes(
             source = Path(image_root) / coco.imgs[image.image_id]["file_name"]
             with failed.named(image.image_id, source, consequence=f"there is no {kind}_{number}.jpg"):
                 pixels = read_image(source)
-                # Colours go by number: what nobody found leaves its colour out.
-                nothing = mask_util.encode(np.zeros(pixels.shape[:2], np.uint8, order="F"))
-                found = [rle or nothing for rle in image.found]
+                # The colour of a mask depends on its index, so an empty mask stands for an object that is not found.
+                empty = mask_util.encode(np.zeros(pixels.shape[:2], np.uint8, order="F"))
+                found = [rle or empty for rle in image.found]
                 panels = [draw_masks(pixels, image.objects), draw_masks(pixels, found)]
                 path = Path(folder) / f"{kind}_{number}.jpg"
                 write_picture(path, np.concatenate(panels, axis=1))

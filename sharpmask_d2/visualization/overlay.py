@@ -1,6 +1,8 @@
-"""Pictures of masks.
+"""Draws masks over an image, and selects masks that differ from one another.
 
-Shape letters: N masks, H W image.
+Shape letters:
+    N: masks
+    H, W: image height and width in pixels
 """
 
 import colorsys
@@ -10,16 +12,16 @@ import numpy as np
 from pycocotools import mask as mask_util
 
 
-def choose_distinct(rles: list, count: int, *, max_overlap: float = 0.5) -> list:
-    """The best proposals that show different things.
+def choose_distinct(rles: list[dict], count: int, *, max_overlap: float = 0.5) -> list[int]:
+    """Select the best masks that do not overlap much, by greedy non-maximum suppression.
 
     Args:
-        rles: N masks in pycocotools' RLE, best first.
-        count: most that are chosen.
-        max_overlap: IoU with a chosen mask above which a mask is passed over.
+        rles: N masks as compressed RLE, sorted by descending score.
+        count: maximum number of selected masks.
+        max_overlap: maximum IoU of a selected mask with any mask selected before it. Default: 0.5.
 
     Returns:
-        list[int]: indices into `rles`, best first.
+        Indices into `rles`, in ascending order.
     """
     chosen = []
     overlaps = np.asarray(mask_util.iou(rles, rles, [0] * len(rles))) if rles else np.zeros((0, 0))
@@ -31,23 +33,23 @@ def choose_distinct(rles: list, count: int, *, max_overlap: float = 0.5) -> list
     return chosen
 
 
-def draw_masks(image: np.ndarray, rles: list, *, opacity: float = 0.5) -> np.ndarray:
-    """Masks in colours with outlines over an image; small ones above large ones.
+def draw_masks(image: np.ndarray, rles: list[dict], *, opacity: float = 0.5) -> np.ndarray:
+    """Draw masks in different colours with outlines over an image; smaller masks are drawn above larger ones.
 
     Args:
-        image: (H, W, 3) uint8.
-        rles: N masks of the image's size in pycocotools' RLE.
-        opacity: of the colours, 0 to 1.
+        image: (H, W, 3) uint8, in any channel order.
+        rles: N masks of the size (H, W) as compressed RLE.
+        opacity: opacity of the colours, from 0 to 1. Default: 0.5.
 
     Returns:
-        (H, W, 3) uint8, a new image.
+        A new image, (H, W, 3) uint8.
     """
     canvas = image.astype(np.float32)
     outlines = []
     order = sorted(range(len(rles)), key=lambda i: -float(mask_util.area(rles[i])))
     for i in order:
         mask = mask_util.decode(rles[i])
-        # Steps of the golden ratio keep the hues of neighbours apart.
+        # Hues that advance by the golden ratio differ clearly between consecutive masks.
         color = np.array(colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.9, 1.0)) * 255
         canvas[mask > 0] = (1 - opacity) * canvas[mask > 0] + opacity * color
         outlines.append((cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0], color))
