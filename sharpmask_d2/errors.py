@@ -1,8 +1,8 @@
-"""What a user can mend."""
+"""The error that a user can correct."""
 
 
 class UserError(ValueError):
-    """Something from outside cannot be used: a file, an image, a config, an option. The message says which one, and what to do.
+    """An input cannot be used: a file, an image, a config key or an option. The message names the input and says what to do.
 
-    The tools print its message alone (see `command.run`). Anything that cannot be the user's doing is another exception.
+    The command-line tools print only the message (see `cli.command.run`). Errors that no input can cause are other exceptions.
     """

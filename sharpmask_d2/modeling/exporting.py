@@ -1,21 +1,28 @@
-"""Refuses to be exported, until export is built."""
+"""Base class of networks that cannot be traced or scripted."""
 
 import torch
 from torch import nn
 
 
 class NotExportable(nn.Module):
-    """A network whose windows and masks are chosen in Python: a traced copy of it fits the traced image alone, which nothing says later."""
+    """A network that raises an error when it is traced or scripted.
 
-    def __prepare_scriptable__(self):
-        """What torch.jit.script calls before it compiles a module or one that holds it."""
+    Python code selects its windows and masks, so a traced copy would be valid for the traced image only, without any warning.
+    """
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse scripting. `torch.jit.script` calls this method before it compiles the module or a module that contains it.
+
+        Raises:
+            NotImplementedError: always.
+        """
         self._refuse()
 
     def check_not_traced(self) -> None:
-        """To be called first in `forward`.
+        """Refuse tracing; subclasses call this method first in `forward`. Tracing by fvcore, which counts operations, is allowed.
 
         Raises:
-            NotImplementedError: torch.jit.trace runs it, or an export that is built on it. fvcore may trace it to count operations.
+            NotImplementedError: `torch.jit.trace`, or an export based on it, runs the network.
         """
         counted = any(type(hook).__module__.startswith("fvcore.") for hook in self._forward_pre_hooks.values())
         if torch.jit.is_tracing() and not counted:
@@ -23,6 +30,6 @@ class NotExportable(nn.Module):
 
     def _refuse(self) -> None:
         raise NotImplementedError(
-            f"{type(self).__name__} cannot be exported: traced or scripted, it would fit the traced image alone. Run it in Python, as "
-            "sharpmask_d2.inference.predictor does; of a detector, a part that does not hold it, such as the backbone, can be traced"
+            f"{type(self).__name__} cannot be exported: traced or scripted, it would be valid for the traced image only. Run it in Python, "
+            "as sharpmask_d2.inference.predictor does. Parts of a detector that do not contain it, such as the backbone, can be traced"
         )
