@@ -1,3 +1,5 @@
+"""RoI heads: the parts of the MultiPath network, and heads whose detections keep the masks of their proposals."""
+
 from .box_voting import vote_boxes
 from .foveal import FovealPooler, FovealTowers, foveal_boxes
 from .integral_loss import IntegralOutputLayers, labels_at_thresholds

@@ -1,8 +1,14 @@
-"""Foveal regions: each RoI is seen in several crops around its centre (MultiPath, section 3.1), each with layers of its own.
+"""Foveal regions: several crops of different size around the centre of each RoI, each with its own layers (MultiPath, section 3.1).
 
-Shape letters: N boxes, R RoIs of all images, C channels, P side of a pooled crop, D features of a tower.
+Shape letters:
+    N: boxes
+    R: RoIs of all images
+    C: channels
+    P: side of a pooled crop in cells
+    D: length of the feature vector of a tower
 """
 
+from collections.abc import Sequence
 from typing import Optional
 
 import torch
@@ -12,14 +18,14 @@ from torch import Tensor, nn
 
 
 def foveal_boxes(boxes: Tensor, factor: float) -> Tensor:
-    """Boxes enlarged around their centres, as the original does: parts beyond the image's border stay.
+    """Enlarge boxes around their centres. As in the released code, boxes are not clipped to the image.
 
     Args:
-        boxes: (N, 4) XYXY, in any frame.
-        factor: of width and height; 1 returns equal boxes, to the bit.
+        boxes: (N, 4) XYXY in any frame.
+        factor: factor of width and height; 1 returns bitwise equal boxes.
 
     Returns:
-        (N, 4) XYXY in the same frame, not clipped.
+        (N, 4) XYXY in the same frame.
     """
     corners = boxes[:, :2], boxes[:, 2:]
     growth = (corners[1] - corners[0]) * ((factor - 1) / 2)
@@ -27,28 +33,29 @@ def foveal_boxes(boxes: Tensor, factor: float) -> Tensor:
 
 
 class FovealPooler(nn.Module):
-    """Pools several crops of each RoI. It stands where StandardROIHeads has its ROIPooler."""
+    """Pools several crops of each RoI; it replaces the `ROIPooler` of `StandardROIHeads`."""
 
-    def __init__(self, *, in_features: list, factors: list, poolers: list):
+    def __init__(self, *, in_features: Sequence[str], factors: Sequence[float], poolers: Sequence[nn.Module]):
         """
         Args:
-            in_features: names of the features that forward() gets, in this order.
-            factors: of each crop.
-            poolers: a SkipPooler for each crop.
+            in_features: names of the features in the order in which `forward` receives them.
+            factors: factor of width and height of each crop; see `foveal_boxes`.
+            poolers: one `SkipPooler` per crop.
         """
         super().__init__()
         self.in_features = list(in_features)
         self.factors = list(factors)
         self.poolers = nn.ModuleList(poolers)
 
-    def forward(self, features: list, boxes: list) -> list:
-        """
+    def forward(self, features: list[Tensor], boxes: list[Boxes]) -> list[Tensor]:
+        """Pool all crops of all RoIs.
+
         Args:
-            features: maps (images, C, height, width).
-            boxes: Boxes of the RoIs of each image, in its pixels.
+            features: feature maps (B, C, height, width) of B images, in the order of `in_features`.
+            boxes: RoIs, one `Boxes` per image, XYXY in pixels of the network's input.
 
         Returns:
-            (R, C, P, P) of each crop.
+            One tensor (R, C, P, P) per crop.
         """
         named = dict(zip(self.in_features, features))
         crops = []
@@ -58,35 +65,37 @@ class FovealPooler(nn.Module):
 
 
 class FovealTowers(nn.Module):
-    """A tower of layers per crop, their outputs joined for the classifier. It stands where StandardROIHeads has its box head."""
+    """One tower of layers per crop, whose outputs are concatenated for the classifier; it replaces the box head of `StandardROIHeads`."""
 
-    def __init__(self, *, towers: list, regressor_tower: Optional[nn.Module] = None):
+    def __init__(self, *, towers: Sequence[nn.Module], regressor_tower: Optional[nn.Module] = None):
         """
         Args:
-            towers: of the crops, box heads of Detectron2 with `output_shape`.
-            regressor_tower: of one more crop, for the box regressor alone; None: the regressor reads what the classifier reads.
+            towers: one box head of Detectron2 per crop.
+            regressor_tower: box head of an additional crop, which only the box regressor uses. Default: None, the regressor uses the
+                features of the classifier.
         """
         super().__init__()
         self.towers = nn.ModuleList(towers)
         self.regressor_tower = regressor_tower
 
     @property
-    def output_shapes(self) -> tuple:
-        """ShapeSpec of what the classifier reads, and of what the regressor reads."""
+    def output_shapes(self) -> tuple[ShapeSpec, ShapeSpec]:
+        """Shapes of the features of the classifier and of the regressor."""
         classifier = ShapeSpec(channels=sum(_length(tower) for tower in self.towers))
         if self.regressor_tower is None:
             return classifier, classifier
         return classifier, ShapeSpec(channels=_length(self.regressor_tower))
 
-    def forward(self, crops: list) -> tuple:
-        """
+    def forward(self, crops: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute the features of all RoIs.
+
         Args:
-            crops: (R, C, P, P) of each tower, the regressor's last.
+            crops: one tensor (R, C, P, P) per tower; the crop of the regressor's tower, if there is one, is the last.
 
         Returns:
-            (R, D) for the classifier, (R, D) for the regressor.
+            The features of the classifier and of the regressor, (R, D) each; D may differ between them.
         """
-        # Without its own tower the regressor has no crop either.
+        # `zip` stops before the crop of the regressor's tower.
         joined = torch.cat([tower(crop).flatten(1) for tower, crop in zip(self.towers, crops)], dim=1)
         if self.regressor_tower is None:
             return joined, joined

@@ -1,10 +1,17 @@
-"""The RoI heads of the MultiPath network (arXiv 1604.02135): foveal regions, skip connections and the integral loss.
+"""RoI heads of the MultiPath network (arXiv 1604.02135): foveal regions, skip connections and the integral loss.
 
-Shape letters: R RoIs of an image, K classes without the background, N detections.
+Shape letters:
+    R: RoIs of an image
+    K: classes without background
+    N: detections of an image
+    A: boxes of an image before suppression
 """
 
+from typing import Any, Union
+
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, build_box_head
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference_single_image
 from detectron2.structures import Boxes, Instances
@@ -19,37 +26,46 @@ from .skip_pooling import SkipPooler
 
 
 def add_dropout(box_head: nn.Module, probability: float) -> nn.Module:
-    """Put dropout, in place, behind each fully connected layer of Detectron2's FastRCNNConvFCHead. Returns `box_head`.
+    """Insert dropout after each fully connected layer of Detectron2's `FastRCNNConvFCHead`, in place.
 
-    Names of parameters stay as they are.
+    The names of the parameters do not change.
+
+    Args:
+        box_head: the box head.
+        probability: probability of dropping a value, above 0 and below 1.
+
+    Returns:
+        `box_head`.
 
     Raises:
-        ValueError: the box head has no such layer.
+        UserError: the box head has no fully connected layer.
     """
     activations = [name for name, child in box_head.named_children() if isinstance(child, nn.ReLU)]
     if not activations:
-        raise UserError(f"MODEL.MULTIPATH.DROPOUT is {probability}, but {type(box_head).__name__} has nothing to drop")
+        raise UserError(
+            f"MODEL.MULTIPATH.DROPOUT is {probability}, but {type(box_head).__name__} has no fully connected layer: set it to 0"
+        )
     for name in activations:
         setattr(box_head, name, nn.Sequential(nn.ReLU(), nn.Dropout(probability)))
     return box_head
 
 
-def best_boxes(boxes: Tensor, scores: Tensor, image_size: tuple) -> Tensor:
-    """Each RoI's box of its best class, clipped to the image.
+def best_boxes(boxes: Tensor, scores: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Select the box of each RoI's most probable class, and clip it to the image.
 
     Args:
-        boxes: (R, 4 K) XYXY in pixels, or (R, 4) if class-agnostic.
-        scores: (R, K + 1), the background last.
-        image_size: (height, width).
+        boxes: (R, 4 K) XYXY in pixels of the network's input, or (R, 4) for a class-agnostic regressor.
+        scores: (R, K + 1) probabilities; background is the last column and is not selected.
+        image_size: (height, width) of the network's input in pixels.
 
     Returns:
-        (R, 4) XYXY in pixels.
+        (R, 4) XYXY in pixels of the network's input.
     """
     num_regressed = boxes.shape[1] // 4
     # A class-agnostic regressor has one box for all classes.
     best = scores[:, :-1].argmax(dim=1) % num_regressed
     chosen = boxes.view(len(boxes), num_regressed, 4)[torch.arange(len(boxes), device=boxes.device), best]
-    # RoI pooling reads memory that is not there where a coordinate is not a number.
+    # RoI pooling reads outside its memory if a coordinate is nan.
     chosen = Boxes(chosen.nan_to_num())
     chosen.clip(image_size)
     return chosen.tensor
@@ -57,27 +73,28 @@ def best_boxes(boxes: Tensor, scores: Tensor, image_size: tuple) -> Tensor:
 
 @ROI_HEADS_REGISTRY.register()
 class MultiPathROIHeads(ProposalMaskROIHeads):
-    """MultiPath's classifier and box regressor in Detectron2's StandardROIHeads; each part can be switched off by MODEL.MULTIPATH.
+    """`StandardROIHeads` of Detectron2 with the classifier and box regressor of MultiPath, whose parts are configured by `MODEL.MULTIPATH`.
 
-    Masks of detections are chosen by MODEL.SHARPMASK.DETECTION_MASKS; a mask head is Detectron2's and reads
-    MODEL.ROI_HEADS.IN_FEATURES. With every part off this is StandardROIHeads on one feature.
+    `MODEL.SHARPMASK.DETECTION_MASKS` selects the masks of detections. A mask head is Detectron2's and uses
+    `MODEL.ROI_HEADS.IN_FEATURES`. If all parts are disabled, the results equal those of `StandardROIHeads` on one feature.
     """
 
     @configurable
-    def __init__(self, *, iterations: int, voting_iou: float, keep_proposal_masks: bool, **kwargs):
+    def __init__(self, *, iterations: int, voting_iou: float, keep_proposal_masks: bool, **kwargs: Any):
         """
         Args:
-            iterations: times that RoIs are classified and moved at test time.
-            voting_iou: IoU from which boxes vote for a kept one; 0: no voting.
-            keep_proposal_masks: detections get the masks of the proposals that they came from.
-            kwargs: of StandardROIHeads.
+            iterations: number of iterations of iterative localisation at test time. In each further iteration the boxes predicted in the
+                iteration before are the RoIs.
+            voting_iou: minimum IoU of boxes in box voting, from 0 to 1; 0 disables box voting.
+            keep_proposal_masks: assign to each detection the mask of its proposal.
+            kwargs: arguments of `StandardROIHeads`.
 
         Raises:
-            ValueError: no iteration, or an IoU outside 0..1.
+            UserError: `iterations` is less than 1, or `voting_iou` is not from 0 to 1.
         """
         super().__init__(**kwargs)
         if iterations < 1:
-            raise UserError(f"MODEL.MULTIPATH.ITERATIONS is {iterations}: it must be 1 at least")
+            raise UserError(f"MODEL.MULTIPATH.ITERATIONS is {iterations}: it must be at least 1")
         if not 0 <= voting_iou <= 1:
             raise UserError(f"MODEL.MULTIPATH.BOX_VOTING is {voting_iou}: it must lie between 0 and 1")
         self.iterations = iterations
@@ -86,15 +103,16 @@ class MultiPathROIHeads(ProposalMaskROIHeads):
 
     @property
     def keeps_proposal_masks(self) -> bool:
+        """Whether detections have the masks of their proposals, if the proposals have masks."""
         return self.keep_proposal_masks
 
     @classmethod
-    def _init_box_head(cls, cfg, input_shape):
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         multipath, box_head = cfg.MODEL.MULTIPATH, cfg.MODEL.ROI_BOX_HEAD
         factors, levels = list(multipath.FOVEAL_FACTORS), list(multipath.LEVELS)
         if len(factors) != len(levels) or not factors:
             raise UserError(
-                f"MODEL.MULTIPATH.LEVELS has {len(levels)} lists for {len(factors)} FOVEAL_FACTORS: it needs one for each"
+                f"MODEL.MULTIPATH.LEVELS has {len(levels)} lists for {len(factors)} FOVEAL_FACTORS: give one list per factor"
             )
         if multipath.OWN_REGRESSOR_TOWER:
             factors.append(multipath.REGRESSOR_FACTOR)
@@ -127,12 +145,14 @@ class MultiPathROIHeads(ProposalMaskROIHeads):
             "keep_proposal_masks": mask_source(cfg) == "proposal",
         }
 
-    def _forward_box(self, features: dict, proposals: list):
-        """As of StandardROIHeads; at test time with iterations, voting and the masks of proposals."""
+    def _forward_box(
+        self, features: dict[str, Tensor], proposals: list[Instances]
+    ) -> Union[dict[str, Tensor], list[Instances]]:
+        """Compute the losses in training. At test time detect with iterative localisation, box voting and the masks of proposals."""
         if self.training:
             return super()._forward_box(features, proposals)
         maps = [features[name] for name in self.box_in_features]
-        found = [([], []) for _ in proposals]
+        found = [([], []) for _ in proposals]  # per image: boxes and scores of all iterations
         rois = proposals
         for iteration in range(self.iterations):
             if iteration:
@@ -150,24 +170,25 @@ class MultiPathROIHeads(ProposalMaskROIHeads):
         for proposed, (boxes, scores) in zip(proposals, found):
             detected, index = self._detect(torch.cat(boxes), torch.cat(scores), proposed.image_size)
             detections.append(detected)
-            # Every iteration has the RoIs in the order of the proposals.
+            # In every iteration the RoIs have the order of the proposals.
             indices.append(index % len(proposed))
         if self.keep_proposal_masks:
             attach_proposal_masks(detections, proposals, indices)
         return detections
 
-    def _detect(self, boxes: Tensor, scores: Tensor, image_size: tuple) -> tuple:
-        """
+    def _detect(self, boxes: Tensor, scores: Tensor, image_size: tuple[int, int]) -> tuple[Instances, Tensor]:
+        """Suppress the boxes of all RoIs of an image, and apply box voting.
+
         Args:
-            boxes: (R, 4 K) XYXY in pixels, or (R, 4) if class-agnostic.
-            scores: (R, K + 1).
-            image_size: (height, width).
+            boxes: (R, 4 K) XYXY in pixels of the network's input, or (R, 4) for a class-agnostic regressor.
+            scores: (R, K + 1) probabilities.
+            image_size: (height, width) of the network's input in pixels.
 
         Returns:
-            Instances of N detections; (N,) long, the RoI of each.
+            N detections, and (N,) int64, the index of each detection's RoI.
         """
         predictor = self.box_predictor
-        # Detectron2 drops these too, but its indices then count the rest.
+        # Detectron2 also drops predictions that are not finite, but then returns indices into the remaining ones.
         finite = (boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1)).nonzero()[:, 0]
         boxes, scores = boxes[finite], scores[finite]
         detected, index = fast_rcnn_inference_single_image(
@@ -185,8 +206,10 @@ class MultiPathROIHeads(ProposalMaskROIHeads):
         return detected, finite[index]
 
 
-def _candidates(boxes: Tensor, scores: Tensor, image_size: tuple, score_thresh: float) -> tuple:
-    """Boxes (A, 4), scores (A,) and classes (A,) that Detectron2 hands to its suppression, for boxes and scores of R RoIs."""
+def _candidates(
+    boxes: Tensor, scores: Tensor, image_size: tuple[int, int], score_thresh: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes (A, 4), scores (A,) and classes (A,) to which Detectron2 applies suppression, from the predictions for R RoIs."""
     num_regressed = boxes.shape[1] // 4
     roi, classes = (scores[:, :-1] > score_thresh).nonzero().unbind(1)
     clipped = Boxes(boxes.view(len(boxes), num_regressed, 4)[roi, classes % num_regressed])

@@ -1,4 +1,4 @@
-"""MultiPath's RoI heads: every part against a slow version of it, and with all parts off against Detectron2's own heads."""
+"""RoI heads of MultiPath: each part against a slow reference; with all parts disabled against Detectron2's own heads."""
 
 import math
 
@@ -96,7 +96,7 @@ def _targets(boxes):
 
 
 def _near(boxes, seed=3, count=12, by=0.1):
-    """`count` jittered copies of each box, so that their IoUs lie around the thresholds."""
+    """`count` jittered copies of each box, whose IoUs with the box lie around the thresholds."""
     copies = boxes.repeat(count, 1)
     sides = (copies[:, 2:] - copies[:, :2]).repeat(1, 2)
     return copies + by * sides * torch.randn(copies.shape, generator=_generator(seed)).clamp(-2, 2)
@@ -115,7 +115,7 @@ def _sampled(heads, seed=8):
         return heads.label_and_sample_proposals(proposals, targets)
 
 
-def _slow_iou(a, b):
+def _reference_iou(a, b):
     sides = [max(float(min(a[i + 2], b[i + 2]) - max(a[i], b[i])), 0.0) for i in (0, 1)]
     areas = [float((c[2] - c[0]) * (c[3] - c[1])) for c in (a, b)]
     inside = sides[0] * sides[1]
@@ -125,7 +125,7 @@ def _slow_iou(a, b):
 # ---------------------------------------------------------------------- foveal regions
 
 
-def test_foveal_boxes_are_those_of_the_paper():
+def test_foveal_boxes_equal_those_of_the_paper():
     boxes = torch.cat([_boxes(5), torch.tensor([[0.0, 0.0, 128.0, 96.0], [7.0, 8.0, 7.0, 8.0]])])
     start = {1.0: 0.0, 1.5: 0.25, 2.0: 0.5, 4.0: 1.5}
     for factor, part in start.items():
@@ -139,7 +139,7 @@ def test_foveal_boxes_are_those_of_the_paper():
     assert foveal_boxes(boxes[:0], 2.0).shape == (0, 4)
 
 
-def test_crops_read_the_levels_of_the_paper():
+def test_crops_use_the_levels_of_the_paper():
     heads, features = _heads().eval(), _features()
     reads = {"conv3": [0, 4], "conv4": [0, 1, 2, 4], "conv5": [0, 1, 2, 3, 4]}
     boxes = [Boxes(_boxes(3)), Boxes(_boxes(2))]
@@ -154,7 +154,7 @@ def test_crops_read_the_levels_of_the_paper():
         assert [i for i in range(5) if not torch.allclose(before[i], after[i])] == expected
 
 
-def test_each_crop_has_its_size_and_its_tower():
+def test_each_crop_has_its_own_size_and_tower():
     heads, features = _heads().eval(), _features(images=1)
     boxes = _boxes(4)
     crops = heads.box_pooler([features[name] for name in heads.box_in_features], [Boxes(boxes)])
@@ -171,7 +171,7 @@ def test_each_crop_has_its_size_and_its_tower():
 # ---------------------------------------------------------------------- skip connections
 
 
-def test_skip_pooler_equals_a_slow_one():
+def test_skip_pooler_equals_a_slow_reference():
     levels, scale = ["conv3", "conv5", "conv4"], 30.0
     torch.manual_seed(0)
     pooler = SkipPooler(
@@ -195,7 +195,7 @@ def test_skip_pooler_equals_a_slow_one():
     assert pooler.output_shape == ShapeSpec(channels=7, height=5, width=5)
 
 
-def test_without_skip_the_last_level_is_pooled_as_it_is():
+def test_without_skip_the_last_level_is_pooled_unchanged():
     pooler = SkipPooler(
         SHAPES, levels=["conv3", "conv4"], resolution=5, sampling_ratio=0, pooler_type="ROIAlignV2", mix_channels=None
     )
@@ -206,14 +206,14 @@ def test_without_skip_the_last_level_is_pooled_as_it_is():
     assert pooler.output_shape == ShapeSpec(channels=10, height=5, width=5)
 
 
-def test_one_level_is_normalised_and_mixed_too():
+def test_a_single_level_is_normalised_and_mixed():
     crop = _heads().box_pooler.poolers[3]
     assert crop.levels == ["conv5"]
     features, boxes = _features(images=1), [Boxes(_boxes(3))]
     scaled = {name: 10 * value for name, value in features.items()}
     out = crop(features, boxes)
     torch.testing.assert_close(crop(scaled, boxes), out)
-    # By default the normalised values are multiplied by 1000.
+    # The default scale is 1000.
     bias = crop.mix.bias[:, None, None]
     doubled = _heads(SKIP_SCALE=2000.0).box_pooler.poolers[3]
     torch.testing.assert_close(doubled(features, boxes) - bias, 2 * (out - bias), rtol=1e-4, atol=1e-4)
@@ -245,7 +245,7 @@ def test_labels_at_thresholds():
 
 
 def _predictors(thresholds):
-    """Ours and Detectron2's with the same weights in the first classifier and the regressor, for features of length 9."""
+    """Our predictor and Detectron2's for features of length 9, with equal weights in the first classifier and the regressor."""
     shape, kwargs = (
         ShapeSpec(channels=9),
         {
@@ -265,7 +265,7 @@ def _predictors(thresholds):
     return ours, theirs
 
 
-def test_one_threshold_is_detectron2s_loss():
+def test_with_one_threshold_losses_equal_those_of_detectron2():
     ours, theirs = _predictors([0.5])
     proposals = _sampled(_heads(**OFF))
     features = torch.randn(sum(map(len, proposals)), 9, generator=_generator(1))
@@ -300,14 +300,14 @@ def test_integral_loss_is_the_mean_over_labels_matched_at_each_threshold():
         labels = []
         for proposed, target in zip(proposals, targets):
             for box in proposed.proposal_boxes.tensor:
-                ious = [_slow_iou(box, truth) for truth in target.gt_boxes.tensor]
+                ious = [_reference_iou(box, truth) for truth in target.gt_boxes.tensor]
                 best = max(range(len(ious)), key=ious.__getitem__) if ious else None
                 reached = best is not None and ious[best] >= threshold
                 labels.append(int(target.gt_classes[best]) if reached else CLASSES)
         foreground.append(sum(label < CLASSES for label in labels))
         logits = scores[:, u * (CLASSES + 1) : (u + 1) * (CLASSES + 1)]
         per_head.append(F.cross_entropy(logits, torch.tensor(labels)))
-    # Otherwise the thresholds would not tell anything apart.
+    # The labels differ between all thresholds.
     assert foreground == sorted(set(foreground), reverse=True)
     with EventStorage():
         losses = ours.losses((scores, deltas), proposals)
@@ -316,7 +316,7 @@ def test_integral_loss_is_the_mean_over_labels_matched_at_each_threshold():
     assert torch.equal(losses["loss_box_reg"], expected_box)
 
 
-def test_ignored_rois_pay_no_loss():
+def test_ignored_rois_do_not_contribute_to_the_loss():
     ours, _ = _predictors(THRESHOLDS)
     proposals = _sampled(_heads())[:1]
     features = torch.randn(len(proposals[0]), 9, generator=_generator(1))
@@ -345,7 +345,7 @@ def test_initialisation():
     assert not predictor.bbox_pred.bias.any()
 
 
-# ---------------------------------------------------------------------- all off
+# ---------------------------------------------------------------------- all parts disabled
 
 
 def _off_and_standard():
@@ -360,7 +360,7 @@ def _off_and_standard():
     return ours, theirs
 
 
-def test_all_off_trains_as_standard_roi_heads():
+def test_with_all_parts_disabled_losses_equal_those_of_standard_roi_heads():
     losses, gradients = [], []
     for heads in _off_and_standard():
         features = {name: value.requires_grad_() for name, value in _features().items()}
@@ -378,7 +378,7 @@ def test_all_off_trains_as_standard_roi_heads():
     assert torch.equal(*gradients)
 
 
-def test_all_off_detects_as_standard_roi_heads():
+def test_with_all_parts_disabled_detections_equal_those_of_standard_roi_heads():
     found = []
     for heads in _off_and_standard():
         with torch.no_grad():
@@ -399,7 +399,7 @@ def test_all_off_detects_as_standard_roi_heads():
         ({"FOVEAL_FACTORS": [1.0], "LEVELS": [["conv3", "conv4", "conv5"]]}, "towers.1"),
     ],
 )
-def test_parts_can_be_switched_off_alone(part, names):
+def test_each_part_can_be_disabled_alone(part, names):
     assert any(names in name for name, _ in _heads().named_parameters())
     heads = _heads(**part)
     assert not any(names in name for name, _ in heads.named_parameters())
@@ -411,34 +411,34 @@ def test_parts_can_be_switched_off_alone(part, names):
 # ---------------------------------------------------------------------- box voting
 
 
-def _slow_votes(kept, kept_classes, boxes, scores, classes, iou):
+def _reference_votes(kept, kept_classes, boxes, scores, classes, iou):
     voted = []
     for box, label in zip(kept, kept_classes):
         total, weight = torch.zeros(4), 0.0
         for other, score, other_label in zip(boxes, scores, classes):
-            if label == other_label and _slow_iou(box, other) >= iou:
+            if label == other_label and _reference_iou(box, other) >= iou:
                 total, weight = total + score * other, weight + float(score)
         voted.append(total / weight if weight else box)
     return torch.stack(voted)
 
 
-def test_voting_equals_a_slow_loop():
+def test_voting_equals_a_slow_reference():
     boxes = torch.cat([_near(_boxes(4)), torch.tensor([[5.0, 5.0, 5.0, 9.0]])])
     random = _generator(0)
     scores, classes = torch.rand(len(boxes), generator=random), torch.arange(len(boxes)) % 2
-    # The last has no area, so that not even it votes for itself.
+    # The last box has no area, so that it does not even overlap itself.
     kept = torch.tensor([0, 1, 9, 14, len(boxes) - 1])
     args = boxes[kept], classes[kept], boxes, scores, classes, 0.5
     voted = vote_boxes(*args)
-    torch.testing.assert_close(voted, _slow_votes(*args))
+    torch.testing.assert_close(voted, _reference_votes(*args))
     assert not torch.allclose(voted[:4], boxes[kept][:4], atol=0.1)
     assert torch.equal(voted[4], boxes[-1])
     assert vote_boxes(boxes[:0], classes[:0], *args[2:]).shape == (0, 4)
     assert vote_boxes(*(a[:0] for a in args[:5]), 0.5).shape == (0, 4)
 
 
-def _trained_like(**multipath):
-    """Heads whose scores differ between RoIs and whose boxes move."""
+def _random_heads(**multipath):
+    """Heads with random predictions, which differ between RoIs."""
     heads = _heads(**{"DROPOUT": 0.0, **multipath}).eval()
     torch.manual_seed(3)
     with torch.no_grad():
@@ -449,7 +449,7 @@ def _trained_like(**multipath):
 
 @torch.no_grad()
 @pytest.mark.parametrize("agnostic", [False, True])
-def test_boxes_before_suppression_vote(agnostic):
+def test_boxes_removed_by_suppression_contribute_to_the_mean(agnostic):
     cfg = _cfg(BOX_VOTING=0.6, DROPOUT=0.0)
     cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = agnostic
     torch.manual_seed(0)
@@ -476,7 +476,7 @@ def test_boxes_before_suppression_vote(agnostic):
                     for values, value in zip(voters, (clipped, scores[image][r, label], torch.tensor(label))):
                         values.append(value)
         before, after = kept[image], voted[image]
-        expected = _slow_votes(before.pred_boxes.tensor, before.pred_classes, *map(torch.stack, voters), 0.6)
+        expected = _reference_votes(before.pred_boxes.tensor, before.pred_classes, *map(torch.stack, voters), 0.6)
         torch.testing.assert_close(after.pred_boxes.tensor, expected)
         assert torch.equal(after.scores, before.scores)
         moved += int((after.pred_boxes.tensor - before.pred_boxes.tensor).abs().amax(1).gt(0.1).sum())
@@ -492,8 +492,8 @@ def _predict(heads, features, proposals):
 
 
 @torch.no_grad()
-def test_one_iteration_is_plain_inference():
-    heads, features, proposals = _trained_like(), _features(), _scenes()[0]
+def test_one_iteration_equals_plain_inference():
+    heads, features, proposals = _random_heads(), _features(), _scenes()[0]
     expected = heads.box_predictor.inference(_predict(heads, features, proposals), proposals)[0]
     for found, plain in zip(heads(None, features, proposals)[0], expected):
         assert len(found) > 5
@@ -503,7 +503,7 @@ def test_one_iteration_is_plain_inference():
 
 @torch.no_grad()
 @pytest.mark.parametrize("agnostic", [False, True])
-def test_iterations_feed_the_best_boxes_back_and_pool_all(agnostic):
+def test_each_iteration_starts_from_the_best_boxes_of_the_one_before(agnostic):
     cfg = _cfg(ITERATIONS=3)
     cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = agnostic
     torch.manual_seed(0)
@@ -539,7 +539,7 @@ def test_iterations_feed_the_best_boxes_back_and_pool_all(agnostic):
 
 
 def _masked_proposals(seed):
-    """Pairs of proposals, one pixel apart, on a grid of 25 pixels; every mask is different."""
+    """Pairs of proposals, one pixel apart, on a grid of 25 pixels; all masks differ."""
     ys, xs = torch.meshgrid(torch.arange(3) * 25.0 + 5, torch.arange(4) * 25.0 + 5, indexing="ij")
     corners = torch.stack([xs.flatten(), ys.flatten()], dim=1).repeat(2, 1)
     corners[12:, 1] += 1
@@ -556,7 +556,7 @@ def _masked_proposals(seed):
 def test_detections_have_the_masks_of_their_proposals(iterations):
     found = {}
     for voting in (0.0, 0.5):
-        heads = _trained_like(ITERATIONS=iterations, BOX_VOTING=voting)
+        heads = _random_heads(ITERATIONS=iterations, BOX_VOTING=voting)
         heads.box_predictor.test_topk_per_image = 20
         # Every box moves right by 2 pixels and keeps its size.
         heads.box_predictor.bbox_pred.weight.zero_()
@@ -575,25 +575,26 @@ def test_detections_have_the_masks_of_their_proposals(iterations):
             source = same.nonzero().item()
             moves.add(round(float(shift[source, 0])))
             assert torch.equal(mask, pasted[source])
-        # The voters move the box, not the mask.
+        # Box voting moves boxes, not masks.
         assert not torch.allclose(voted.pred_boxes.tensor, detected.pred_boxes.tensor, atol=0.1)
         assert torch.equal(voted.pred_masks.to_bitmasks(None, *SIZE).tensor, masks)
     assert moves == {2 * (i + 1) for i in range(iterations)}
 
 
-def test_predictions_that_are_not_finite_do_not_shift_the_indices():
-    heads = _heads()
-    boxes, scores = _boxes(6).repeat(1, CLASSES), torch.full((6, CLASSES + 1), 0.01)
-    scores[:, 1] = torch.tensor([0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
-    scores[0], boxes[2] = math.nan, math.inf
-    heads.box_predictor.test_nms_thresh = 1.0
-    detected, index = heads._detect(boxes, scores, SIZE)
-    assert index.tolist() == [5, 4, 3, 1]
-    torch.testing.assert_close(detected.scores, torch.tensor([0.8, 0.7, 0.6, 0.4]))
+@torch.no_grad()
+def test_predictions_that_are_not_finite_do_not_shift_the_masks():
+    heads, proposals = _heads(**OFF).eval(), _masked_proposals(1)[torch.arange(5)]
+    heads.box_predictor.test_nms_thresh, heads.box_predictor.test_score_thresh = 1.0, 0.3
+    logits = torch.zeros(5, CLASSES + 1)
+    logits[:, 1] = torch.tensor([3.0, math.nan, 5.0, 1.0, 4.0])
+    heads.box_predictor.forward = lambda features: (logits, torch.zeros(5, 4 * CLASSES))
+    (found,) = heads(None, _features(images=1), [proposals])[0]
+    masks = found.pred_masks.to_bitmasks(None, *SIZE).tensor
+    assert torch.equal(masks, proposals.proposal_masks.paste()[[2, 4, 0, 3]])
 
 
 @pytest.mark.parametrize("source", ["proposal", "head", "none"])
-def test_masks_come_from_where_the_configuration_says(source):
+def test_the_config_selects_the_masks(source):
     cfg = _cfg(BOX_VOTING=0.5, ITERATIONS=2)
     cfg.MODEL.MASK_ON = True
     cfg.MODEL.SHARPMASK.DETECTION_MASKS = source
@@ -617,7 +618,7 @@ def test_masks_come_from_where_the_configuration_says(source):
         assert heads.forward_with_given_boxes(features, [detected])[0] is detected
 
 
-# ---------------------------------------------------------------------- RoIs at the edge of what there is
+# ---------------------------------------------------------------------- RoIs at and outside the image border
 
 
 EDGES = torch.tensor(
@@ -636,13 +637,13 @@ EDGES = torch.tensor(
 
 @pytest.mark.parametrize("pooler", ["ROIAlignV2", "ROIPool"])
 @pytest.mark.parametrize("counts", [(8, 8), (8, 0), (0, 0)])
-def test_strange_rois_train_and_detect(counts, pooler):
+def test_rois_outside_the_image_and_without_area_train_and_detect(counts, pooler):
     cfg = _cfg(ITERATIONS=2, BOX_VOTING=0.5)
     cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE = pooler
     torch.manual_seed(0)
     heads, features = build_roi_heads(cfg, SHAPES), _features()
     proposals = [_proposals(EDGES[:n]) for n in counts]
-    # The second image has no ground truth, and no RoI at all where it has no proposal.
+    # The second image has no ground truth, so that without proposals it has no RoIs.
     targets = [_targets(_boxes(2) if counts[0] else _boxes(0)), _targets(_boxes(0))]
     with EventStorage():
         sampled, losses = heads(None, features, proposals, targets)
@@ -660,7 +661,7 @@ def test_strange_rois_train_and_detect(counts, pooler):
 
 
 @torch.no_grad()
-def test_a_network_that_has_diverged_detects_nothing():
+def test_a_diverged_network_detects_nothing():
     heads = _heads(ITERATIONS=2, BOX_VOTING=0.5).eval()
     heads.box_predictor.bbox_pred.bias.fill_(math.nan)
     assert [len(found) for found in heads(None, _features(), _scenes()[0])[0]] == [0, 0]
@@ -686,7 +687,7 @@ def test_gradients_reach_every_part():
     assert {f"box_head.towers.{i}" for i in range(4)} | {"box_head.regressor_tower", "box_predictor"} < names
 
 
-def test_dropout_is_for_training_and_renames_nothing():
+def test_dropout_acts_in_training_only_and_keeps_parameter_names():
     heads, plain = _heads(DROPOUT=0.5), _heads(DROPOUT=0.0)
     assert heads.state_dict().keys() == plain.state_dict().keys()
     plain.load_state_dict(heads.state_dict())
@@ -700,7 +701,7 @@ def test_dropout_is_for_training_and_renames_nothing():
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mixed_precision(device, dtype):
+def test_autocast_agrees_with_float32(device, dtype):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     heads = _heads(ITERATIONS=2, BOX_VOTING=0.5).to(device)
@@ -732,15 +733,15 @@ def test_mixed_precision(device, dtype):
         ({"FOVEAL_FACTORS": [1.0]}, "LEVELS has 4 lists for 1"),
         ({"FOVEAL_FACTORS": [], "LEVELS": []}, "LEVELS"),
         ({"REGRESSOR_LEVELS": ["conv2"]}, "conv2"),
-        ({"REGRESSOR_LEVELS": []}, "cannot pool"),
-        ({"IOU_THRESHOLDS": []}, "must ascend"),
-        ({"IOU_THRESHOLDS": [0.6, 0.5]}, "must ascend"),
-        ({"IOU_THRESHOLDS": [0.4, 0.5]}, "have no class"),
+        ({"REGRESSOR_LEVELS": []}, "cannot be pooled"),
+        ({"IOU_THRESHOLDS": []}, "ascending order"),
+        ({"IOU_THRESHOLDS": [0.6, 0.5]}, "ascending order"),
+        ({"IOU_THRESHOLDS": [0.4, 0.5]}, "labelled as background"),
         ({"ITERATIONS": 0}, "ITERATIONS"),
         ({"BOX_VOTING": 1.5}, "BOX_VOTING"),
     ],
 )
-def test_what_cannot_be_is_said(multipath, message):
+def test_config_errors_name_the_key(multipath, message):
     with pytest.raises(ValueError, match=message):
         _heads(**multipath)
 
@@ -761,7 +762,7 @@ def test_box_heads_without_fully_connected_layers():
         assert sum(heads(None, _features(), *_scenes())[1].values()).isfinite()
 
 
-def test_a_detector_trains_and_detects():
+def test_a_detector_on_vgg_trains_and_detects():
     cfg = _cfg(DROPOUT=0.5)
     cfg.MODEL.BACKBONE.NAME = "build_vgg_backbone"
     cfg.MODEL.VGG.VARIANT = "A"

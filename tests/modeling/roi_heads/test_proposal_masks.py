@@ -4,6 +4,7 @@ import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
 # isort: split
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -25,19 +26,57 @@ from sharpmask_d2.data.proposal_mapper import sample_masks
 from sharpmask_d2.modeling import ProposalMaskTTA
 from sharpmask_d2.modeling.roi_heads import MaskKeepingOutputLayers, ProposalROIMasks, without_masks
 
+SIZE = (120, 160)
 OURS = {"StandardROIHeads": "ProposalMaskROIHeads", "Res5ROIHeads": "ProposalMaskRes5ROIHeads"}
 
 
-def build(cfg, *, still: bool = True):
-    """A detector in evaluation; `still`, it scores at random and its boxes are the proposals', which tells where detections came from."""
+def to_detector(cfg, roi_heads: str):
+    """Turn `tiny_cfg`, in place, into a small Fast R-CNN on a ResNet."""
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    cfg.MODEL.RESNETS.DEPTH = 50 if "Res5" in roi_heads else 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if "Res5" not in roi_heads else 32
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 16
+    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 8
+    cfg.MODEL.ROI_HEADS.NAME = roi_heads
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["res4"]
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+    return cfg
+
+
+def encode(mask: np.ndarray) -> dict:
+    """A bitmap as compressed RLE whose counts are text."""
+    rle = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+
+
+def draw_ellipses(count: int, rng) -> list:
+    """Bitmaps of ellipses inside an image of `SIZE`."""
+    masks = []
+    for _ in range(count):
+        bitmap = np.zeros(SIZE, np.uint8)
+        centre = [int(rng.integers(20, side - 20)) for side in SIZE[::-1]]
+        masks.append(cv2.ellipse(bitmap, centre, rng.integers(5, 30, 2).tolist(), 30, 0, 360, 1, -1) > 0)
+    return masks
+
+
+def build(cfg, *, fixed: bool = True):
+    """A detector in evaluation. If `fixed`, its scores are random and its boxes are those of the proposals, so that each detection can be
+    traced to its proposal."""
     torch.manual_seed(0)
     model = build_model(cfg).eval()
-    if still:
-        model.roi_heads.box_predictor.forward = _still
+    if fixed:
+        model.roi_heads.box_predictor.forward = _predict_proposals
     return model
 
 
-def _still(features: torch.Tensor) -> tuple:
+def _predict_proposals(features: torch.Tensor) -> tuple:
     scores = torch.randn(len(features), 3, generator=torch.Generator().manual_seed(0))
     return scores, torch.zeros(len(features), 8)
 
@@ -51,12 +90,12 @@ def precomputed(cfg, roi_heads: str = "ProposalMaskROIHeads"):
 
 @pytest.fixture
 def record(make_dataset, tmp_path):
-    """A dataset dict with 12 proposals, and their bitmaps in its order."""
+    """A dataset dict with 12 proposals, and their bitmaps in the same order."""
     data = make_dataset(tmp_path / "data", num_images=1, size=SIZE)
-    results = draw_proposals(data.masks[1], np.random.default_rng(0))
-    boxes = np.array([r["bbox"] for r in results], dtype=np.float32)
+    masks = data.masks[1] + draw_ellipses(9, np.random.default_rng(0))
+    rles = [encode(mask) for mask in masks]
+    boxes = np.array([mask_util.toBbox(rle) for rle in rles], dtype=np.float32)
     boxes[:, 2:] += boxes[:, :2]
-    rles = [r["segmentation"] for r in results]
     return {
         "file_name": str(data.image_root / "1.png"),
         "image_id": 1,
@@ -70,11 +109,11 @@ def record(make_dataset, tmp_path):
             "counts": "\n".join(r["counts"] for r in rles).encode(),
             "order": np.arange(len(rles)),
         },
-    }, [mask_util.decode(rle) > 0 for rle in rles]
+    }, masks
 
 
 def source(box, boxes) -> int:
-    """Which of the boxes a detection has."""
+    """Index of the box that a detection has."""
     distances = np.abs(np.asarray(boxes) - np.asarray(box)).max(axis=1)
     assert distances.min() < 0.01
     return int(distances.argmin())
@@ -97,7 +136,7 @@ def test_detections_have_the_masks_of_their_precomputed_proposals(tiny_cfg, reco
         boxes[:, [0, 2]] = SIZE[1] - boxes[:, [2, 0]]
     exact = sample_masks([encode(mask) for mask in bitmaps], SIZE).paste().numpy()
     sources = [source(box, boxes) for box in found.pred_boxes.tensor.numpy()]
-    # Suppression and the order of scores leave some out, and take the others out of their order.
+    # Suppression removes some proposals, and the scores change the order of the others.
     assert 3 < len(set(sources)) <= 12
     assert sources != sorted(sources)
     for number, mask in zip(sources, found.pred_masks.numpy()):
@@ -112,16 +151,11 @@ def test_detections_have_the_masks_of_their_precomputed_proposals(tiny_cfg, reco
 
 @pytest.mark.parametrize("roi_heads", list(OURS.values()))
 def test_detections_have_the_masks_of_online_proposals(tiny_cfg, roi_heads):
-    cfg = to_detector(tiny_cfg, roi_heads)
-    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMask"
-    # Windows of 57 and 80 pixels, whose masks differ.
-    cfg.MODEL.SHARPMASK.TEST.SCALES = [1.0, 1.5]
-    cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST = 0.8
-    model = build(cfg)
+    model = build(online(tiny_cfg, roi_heads))
     proposed = []
     model.proposal_generator.register_forward_hook(lambda module, args, out: proposed.extend(out[0]))
     images = [torch.rand(3, 100, 140, generator=torch.Generator().manual_seed(i)) * 255 for i in range(2)]
-    # One as it is, one that was enlarged, in a batch.
+    # The second image was enlarged for the detector.
     inputs = [{"image": images[0]}, {"image": images[1], "height": 50, "width": 70}]
     with torch.no_grad():
         outputs = model(inputs)
@@ -132,7 +166,7 @@ def test_detections_have_the_masks_of_online_proposals(tiny_cfg, roi_heads):
         pasted = proposals.proposal_masks.scale(size[1] / 140, size[0] / 100, size).paste().numpy()
         boxes = proposals.proposal_boxes.tensor.numpy() * (size[0] / 100)
         for box, mask in zip(found.pred_boxes.tensor.numpy(), found.pred_masks.numpy()):
-            # Several windows may have the same tight box.
+            # Several windows can have the same tight box.
             same = np.abs(boxes - box).max(axis=1) < 0.01
             assert any((pasted[number] == mask).all() for number in np.flatnonzero(same))
 
@@ -177,7 +211,7 @@ def test_proposals_without_masks_give_detections_without(tiny_cfg, record):
 
 
 @pytest.mark.parametrize("roi_heads", list(OURS.values()))
-def test_masks_may_come_along_in_training(tiny_cfg, record, roi_heads):
+def test_proposals_with_masks_can_be_trained_on(tiny_cfg, record, roi_heads):
     cfg = precomputed(tiny_cfg, roi_heads)
     record = dict(record[0])
     record["annotations"] = [{"bbox": [10, 10, 60, 70], "bbox_mode": 0, "category_id": 1}]
@@ -193,7 +227,7 @@ def test_masks_may_come_along_in_training(tiny_cfg, record, roi_heads):
 
 @pytest.mark.parametrize("stock", list(OURS))
 @pytest.mark.parametrize("masks", ["head", "none", "bad", "head without masks"])
-def test_where_masks_come_from(tiny_cfg, record, stock, masks):
+def test_the_config_selects_the_masks(tiny_cfg, record, stock, masks):
     cfg = precomputed(tiny_cfg, OURS[stock])
     inputs = ProposalMapper(cfg, False)(record[0])
     cfg.MODEL.MASK_ON = masks != "head without masks"
@@ -222,7 +256,7 @@ def test_where_masks_come_from(tiny_cfg, record, stock, masks):
 @pytest.mark.parametrize("stock", list(OURS))
 def test_checkpoints_of_stock_detectors_give_the_same_detections(tiny_cfg, record, stock, tmp_path):
     cfg = precomputed(tiny_cfg, stock)
-    theirs = build(cfg, still=False)
+    theirs = build(cfg, fixed=False)
     DetectionCheckpointer(theirs, str(tmp_path)).save("stock")
     cfg.MODEL.ROI_HEADS.NAME = OURS[stock]
     torch.manual_seed(1)
@@ -252,16 +286,16 @@ def drawn(make_dataset, tmp_path):
 
 def test_coco_evaluation_of_perfect_detections_is_perfect(drawn, tiny_cfg):
     model = build(precomputed(tiny_cfg))
-    # The heads detect a proposal as the class that its score says, and leave its box alone.
+    # The heads predict the true class of each proposal, and its unchanged box.
     model.roi_heads.box_predictor.forward = lambda x: (classes[: len(x)], torch.zeros(len(x), 8))
-    # Reading the dataset is what numbers its categories.
+    # Detectron2 numbers the categories when it reads the dataset.
     DatasetCatalog.get("evaluated")
     evaluator = COCOEvaluator("evaluated", output_dir=None)
     evaluator.reset()
     for image_id, masks in drawn.masks.items():
         windows = sample_masks([encode(mask) for mask in masks], SIZE).scale(2, 2, (240, 320))
         proposals = Instances((240, 320), proposal_boxes=Boxes(windows.boxes().tensor), proposal_masks=windows)
-        # Categories 3 and 7, by turns, are classes 0 and 1.
+        # The categories 3 and 7 alternate, and are the classes 0 and 1.
         classes = torch.tensor([[9.0, 0, 0], [0, 9.0, 0]])[torch.arange(len(masks)) % 2]
         inputs = {"image": torch.zeros(3, 240, 320), "height": 120, "width": 160, "image_id": image_id}
         with torch.no_grad():
@@ -272,7 +306,7 @@ def test_coco_evaluation_of_perfect_detections_is_perfect(drawn, tiny_cfg):
     assert results["segm"]["AP"] > 90
 
 
-def test_proposal_masks_stand_for_detectron2s_masks_of_rois(record):
+def test_proposal_masks_have_the_interface_of_roi_masks(record):
     _, bitmaps = record
     masks = sample_masks([encode(mask) for mask in bitmaps], SIZE)
     found = Instances(SIZE, pred_boxes=Boxes(masks.boxes().tensor))
@@ -285,7 +319,7 @@ def test_proposal_masks_stand_for_detectron2s_masks_of_rois(record):
 
 
 def augmented(cfg, *, flip: bool):
-    """The config for test-time augmentation at two sizes, in place; the image's own is 50 x 70."""
+    """Add test-time augmentation at two sizes to a config, in place. The image has 50 x 70 pixels."""
     cfg.TEST.AUG.MIN_SIZES = (50, 75)
     cfg.TEST.AUG.FLIP = flip
     cfg.TEST.DETECTIONS_PER_IMAGE = 30
@@ -293,10 +327,12 @@ def augmented(cfg, *, flip: bool):
 
 
 def online(cfg, roi_heads: str):
-    """A detector with proposals of SharpMask."""
+    """Turn `tiny_cfg`, in place, into a detector with a SharpMask generator."""
     cfg = to_detector(cfg, roi_heads)
     cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMask"
-    cfg.MODEL.SHARPMASK.TEST.SCALES = [1.0, 1.5]
+    # Windows of 64 and 45 pixels, so that no image is enlarged.
+    cfg.MODEL.SHARPMASK.WINDOW_SIZE = 64
+    cfg.MODEL.SHARPMASK.TEST.SCALES = [0.0, 0.5]
     cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST = 0.8
     if roi_heads == "MultiPathROIHeads":
         cfg.MODEL.MULTIPATH.LEVELS = [["res4"]] * 4
@@ -309,24 +345,24 @@ def online(cfg, roi_heads: str):
     ("roi_heads", "mask_on"),
     [("ProposalMaskROIHeads", True), ("ProposalMaskRes5ROIHeads", False), ("MultiPathROIHeads", False)],
 )
-def test_detectron2s_test_time_augmentation_does_not_lose_masks_unnoticed(tiny_cfg, roi_heads, mask_on):
+def test_detectron2s_test_time_augmentation_raises_instead_of_losing_masks(tiny_cfg, roi_heads, mask_on):
     cfg = augmented(online(tiny_cfg, roi_heads), flip=True)
     cfg.MODEL.MASK_ON = mask_on
-    model = build(cfg, still=False)
+    model = build(cfg, fixed=False)
     inputs = {"image": torch.zeros(3, 50, 70, dtype=torch.uint8), "height": 25, "width": 35}
     with (
         torch.no_grad(),
-        pytest.raises(RuntimeError, match=r"MODEL\.SHARPMASK\.DETECTION_MASKS 'proposal'.*ProposalMaskTTA"),
+        pytest.raises(RuntimeError, match=r"MODEL\.SHARPMASK\.DETECTION_MASKS is 'proposal'.*ProposalMaskTTA"),
     ):
         GeneralizedRCNNWithTTA(cfg, model)([inputs])
 
 
-def test_without_masks_detectron2s_test_time_augmentation_runs(tiny_cfg):
+def test_detectron2s_test_time_augmentation_runs_without_masks(tiny_cfg):
     cfg = augmented(online(tiny_cfg, "ProposalMaskROIHeads"), flip=False)
     cfg.MODEL.SHARPMASK.DETECTION_MASKS = "none"
     inputs = {"image": torch.zeros(3, 50, 70, dtype=torch.uint8), "height": 25, "width": 35}
     with torch.no_grad():
-        (output,) = GeneralizedRCNNWithTTA(cfg, build(cfg, still=False))([inputs])
+        (output,) = GeneralizedRCNNWithTTA(cfg, build(cfg, fixed=False))([inputs])
     assert len(output["instances"]) > 0
     assert not output["instances"].has("pred_masks")
 
@@ -337,19 +373,22 @@ def test_without_masks_detectron2s_test_time_augmentation_runs(tiny_cfg):
 )
 def test_augmented_detections_have_the_masks_of_their_proposals(tiny_cfg, roi_heads, flip):
     cfg = augmented(online(tiny_cfg, roi_heads), flip=flip)
-    model = build(cfg, still=roi_heads != "MultiPathROIHeads")
+    fixed = roi_heads != "MultiPathROIHeads"
+    model = build(cfg, fixed=fixed)
     proposed = []
     model.proposal_generator.register_forward_hook(lambda module, args, out: proposed.extend(out[0]))
     image = (torch.rand(3, 50, 70, generator=torch.Generator().manual_seed(0)) * 255).byte()
     with torch.no_grad():
         (output,) = ProposalMaskTTA(cfg, model)([{"image": image, "height": 25, "width": 35}])
-        stock = GeneralizedRCNNWithTTA(cfg, model)
-        model.roi_heads.__class__ = type("Unwatched", (type(model.roi_heads),), {"mask_on": False})
-        (boxes_alone,) = stock([{"image": image, "height": 25, "width": 35}])
+        boxes_only = cfg.clone()
+        boxes_only.MODEL.SHARPMASK.DETECTION_MASKS = "none"
+        stock = build(boxes_only, fixed=fixed)
+        stock.load_state_dict(model.state_dict())
+        (expected,) = GeneralizedRCNNWithTTA(boxes_only, stock)([{"image": image, "height": 25, "width": 35}])
     found = output["instances"]
-    # The boxes are Detectron2's own.
-    torch.testing.assert_close(found.pred_boxes.tensor, boxes_alone["instances"].pred_boxes.tensor)
-    torch.testing.assert_close(found.scores, boxes_alone["instances"].scores)
+    # The boxes equal those of Detectron2.
+    torch.testing.assert_close(found.pred_boxes.tensor, expected["instances"].pred_boxes.tensor)
+    torch.testing.assert_close(found.scores, expected["instances"].scores)
     assert found.pred_masks.shape == (len(found), 25, 35)
     # Bitmaps of all proposals in the frame of the original image.
     pasted = []
@@ -363,16 +402,16 @@ def test_augmented_detections_have_the_masks_of_their_proposals(tiny_cfg, roi_he
         equal = [number for number, masks in enumerate(pasted) if (masks == mask).all(dim=(1, 2)).any()]
         assert equal
         sources.update(equal)
-    # Of both sizes, and of flipped images.
+    # Detections come from both sizes, and from flipped images.
     assert len(sources) > (2 if flip else 1)
 
 
-def test_detectors_with_a_mask_head_are_augmented_as_detectron2_does(tiny_cfg):
+def test_detectors_with_a_mask_head_are_augmented_as_in_detectron2(tiny_cfg):
     cfg = augmented(online(tiny_cfg, "ProposalMaskROIHeads"), flip=True)
     cfg.MODEL.MASK_ON = True
     cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
     cfg.MODEL.SHARPMASK.DETECTION_MASKS = "head"
-    model = build(cfg, still=False)
+    model = build(cfg, fixed=False)
     inputs = {"image": torch.zeros(3, 50, 70, dtype=torch.uint8), "height": 25, "width": 35}
     with torch.no_grad():
         found, expected = (
