@@ -1,3 +1,5 @@
+"""Backbones: the trunks ResNet, VGG and timm, alone or with a feature pyramid (FPN or BiFPN)."""
+
 from .bifpn import BiFPN, BiFPNBackbone, build_timm_bifpn_backbone
 from .detector import build_timm_backbone, build_timm_fpn_backbone, build_vgg_backbone
 from .features import trunk_features

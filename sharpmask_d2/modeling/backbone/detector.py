@@ -1,5 +1,14 @@
-"""The trunks as backbones of detectors, configured apart from a proposal generator's own trunk."""
+"""Trunks as backbones of detectors, configured independently of a proposal generator's own trunk.
 
+Shape letters:
+    B: images
+    C: channels of a feature
+    H, W: image height and width in pixels
+"""
+
+from typing import Any
+
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
@@ -11,8 +20,19 @@ from .vgg import VGGTrunk
 
 
 @BACKBONE_REGISTRY.register()
-def build_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmTrunk:
-    """A timm backbone from MODEL.TIMM, with zero padding."""
+def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmTrunk:
+    """Build a timm trunk with zero padding.
+
+    Args:
+        cfg: config; `MODEL.TIMM` and `MODEL.BACKBONE.FREEZE_AT` are read.
+        input_shape: shape of the input; unused, because images have three channels.
+
+    Returns:
+        The trunk.
+
+    Raises:
+        UserError: see `TimmTrunk`.
+    """
     timm = cfg.MODEL.TIMM
     return TimmTrunk(
         name=timm.NAME,
@@ -25,48 +45,70 @@ def build_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmTrunk:
 
 
 class TrunkAndPyramid(Backbone):
-    """A trunk and a feature pyramid on it, with the features of both: a detector may classify by those that the pyramid did not change."""
+    """A trunk with a feature pyramid (FPN). It returns the features of both, so that a detector can also use those of the trunk."""
 
-    def __init__(self, *, trunk: Backbone, **pyramid):
+    def __init__(self, *, trunk: Backbone, **pyramid: Any):
         """
         Args:
-            trunk: gives the features that the pyramid reads.
-            pyramid: the other arguments of Detectron2's FPN.
+            trunk: trunk whose features are the input of the pyramid.
+            pyramid: arguments of Detectron2's `FPN` except `bottom_up`.
         """
         super().__init__()
         self.trunk = trunk
-        self.pyramid = FPN(bottom_up=_Handover(trunk.output_shape()), **pyramid)
+        self.pyramid = FPN(bottom_up=_Passthrough(trunk.output_shape()), **pyramid)
 
-    def forward(self, x: Tensor) -> dict:
-        """Normalised images (B, 3, H, W) to the features of trunk and pyramid."""
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Compute the features of trunk and pyramid.
+
+        Args:
+            x: normalised images (B, 3, H, W).
+
+        Returns:
+            Feature maps (B, C, H / stride, W / stride) by name.
+        """
         features = self.trunk(x)
         return {**features, **self.pyramid(features)}
 
     @property
     def size_divisibility(self) -> int:
+        """Divisor of the sides of images."""
         return max(self.trunk.size_divisibility, self.pyramid.size_divisibility)
 
-    def output_shape(self) -> dict:
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and strides of the features, by name."""
         return {**self.trunk.output_shape(), **self.pyramid.output_shape()}
 
 
-class _Handover(Backbone):
-    """In the place of the network under a pyramid: hands on features that are there already."""
+class _Passthrough(Backbone):
+    """The `bottom_up` network of an FPN whose input is the features themselves, which it returns unchanged."""
 
-    def __init__(self, shapes: dict):
+    def __init__(self, shapes: dict[str, ShapeSpec]):
         super().__init__()
         self._shapes = dict(shapes)
 
-    def forward(self, x: dict) -> dict:
+    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         return x
 
-    def output_shape(self) -> dict:
+    def output_shape(self) -> dict[str, ShapeSpec]:
         return self._shapes
 
 
 @BACKBONE_REGISTRY.register()
-def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> TrunkAndPyramid:
-    """The same and a feature pyramid from MODEL.FPN: s4 .. s32 as in MODEL.TIMM.OUT_FEATURES, p2 .. p5 of them, and p6 by pooling."""
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TrunkAndPyramid:
+    """Build a timm trunk with zero padding and a feature pyramid on the features `MODEL.FPN.IN_FEATURES`.
+
+    The features s4, s8, s16 and s32 give the levels p2 to p5; a further level, such as p6, is made by max pooling of the coarsest one.
+
+    Args:
+        cfg: config; `MODEL.TIMM`, `MODEL.FPN` and `MODEL.BACKBONE.FREEZE_AT` are read.
+        input_shape: shape of the input; unused, because images have three channels.
+
+    Returns:
+        The backbone.
+
+    Raises:
+        UserError: see `TimmTrunk`.
+    """
     fpn = cfg.MODEL.FPN
     return TrunkAndPyramid(
         trunk=build_timm_backbone(cfg, input_shape),
@@ -79,8 +121,19 @@ def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> TrunkAndPyramid:
 
 
 @BACKBONE_REGISTRY.register()
-def build_vgg_backbone(cfg, input_shape: ShapeSpec) -> VGGTrunk:
-    """A VGG backbone from MODEL.VGG, with zero padding."""
+def build_vgg_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> VGGTrunk:
+    """Build a VGG trunk with zero padding.
+
+    Args:
+        cfg: config; `MODEL.VGG` and `MODEL.BACKBONE.FREEZE_AT` are read.
+        input_shape: shape of the input; unused, because images have three channels.
+
+    Returns:
+        The trunk.
+
+    Raises:
+        UserError: see `VGGTrunk`.
+    """
     vgg = cfg.MODEL.VGG
     return VGGTrunk(
         variant=vgg.VARIANT, padding="zeros", out_features=vgg.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT

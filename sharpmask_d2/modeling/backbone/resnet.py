@@ -1,5 +1,14 @@
-"""ResNet trunk: Detectron2's blocks with the stride-2 feature exposed."""
+"""ResNet trunk: Detectron2's ResNet with the feature of stride 2 as an additional output.
 
+Shape letters:
+    B: images
+    C: channels of a feature
+    H, W: image height and width in pixels
+"""
+
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.resnet import BasicStem, ResNet
@@ -14,25 +23,34 @@ _CONV1 = "conv1"
 
 
 class ResNetTrunk(ResNet):
-    """Detectron2's ResNet, whose stride-2 feature (first convolution after ReLU, before the max pooling) is the output `conv1`.
+    """Detectron2's ResNet with the features `conv1` (stride 2, 64 channels) and `res2` to `res5`.
 
-    Parameters have Detectron2's names, so its ImageNet checkpoints load. Outputs `conv1` (stride 2, 64 channels) and `res2` .. `res5`.
+    `conv1` is the output of the first convolution after ReLU, before the max pooling. The parameters have Detectron2's names, so that its
+    ImageNet checkpoints can be loaded.
     """
 
     def __init__(
-        self, *, depth: int, stride_in_1x1: bool, norm: str, padding: str, out_features: list, freeze_at: int = 0
+        self,
+        *,
+        depth: int,
+        stride_in_1x1: bool,
+        norm: str,
+        padding: str,
+        out_features: Sequence[str],
+        freeze_at: int = 0,
     ):
         """
         Args:
-            depth: 18, 34, 50, 101 or 152.
-            stride_in_1x1: where bottlenecks have their stride (depth >= 50).
-            norm: a norm of Detectron2, "FrozenBN" or "BN".
-            padding: "mirrored" or "zeros". The max pooling keeps its own (released code).
-            out_features: names to return, stages beyond the last of them are not built.
-            freeze_at: stages that are not trained, 1 is the stem.
+            depth: number of layers: 18, 34, 50, 101 or 152.
+            stride_in_1x1: place the stride of bottleneck blocks in the 1x1 convolution instead of the 3x3 convolution; ignored if `depth`
+                is below 50.
+            norm: a norm of Detectron2, such as "FrozenBN" or "BN".
+            padding: "mirrored" or "zeros", padding of convolutions. As in the released code, the max pooling is not mirrored.
+            out_features: names of the returned features. Stages after the last of them are not built.
+            freeze_at: number of stages whose parameters are not trained, counted from the stem. Default: 0.
 
         Raises:
-            ValueError: unknown depth, feature or padding.
+            UserError: the depth, a feature or the padding is unknown.
         """
         names = [_CONV1, "res2", "res3", "res4", "res5"]
         if unknown := set(out_features) - set(names):
@@ -54,8 +72,15 @@ class ResNetTrunk(ResNet):
         if padding == "mirrored":
             use_mirrored_padding(self)
 
-    def forward(self, x: Tensor) -> dict:
-        """Features of normalised images (B, 3, H, W): a dict of (B, C, H / stride, W / stride)."""
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Compute the features.
+
+        Args:
+            x: normalised images (B, 3, H, W).
+
+        Returns:
+            Feature maps (B, C, H / stride, W / stride) by name.
+        """
         x = self.stem.conv1(x)
         outputs = {_CONV1: x}
         x = max_pool2d(x, kernel_size=3, stride=2, padding=1)
@@ -65,8 +90,19 @@ class ResNetTrunk(ResNet):
 
 
 @BACKBONE_REGISTRY.register()
-def build_resnet_trunk(cfg, input_shape: ShapeSpec) -> ResNetTrunk:
-    """A ResNet trunk from MODEL.SHARPMASK.TRUNK."""
+def build_resnet_trunk(cfg: CfgNode, input_shape: ShapeSpec) -> ResNetTrunk:
+    """Build a ResNet trunk for the image pyramid.
+
+    Args:
+        cfg: config; `MODEL.SHARPMASK.TRUNK` and the names of the features in `MODEL.SHARPMASK` are read.
+        input_shape: shape of the input; unused, because images have three channels.
+
+    Returns:
+        The trunk.
+
+    Raises:
+        UserError: see `ResNetTrunk`.
+    """
     trunk = cfg.MODEL.SHARPMASK.TRUNK
     return ResNetTrunk(
         depth=trunk.RESNET_DEPTH,

@@ -1,4 +1,4 @@
-"""The BiFPN backbone against stored arrays of the original network and against literal loops."""
+"""The BiFPN backbone against stored features of the original network, and its pooling against a slow reference."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -23,7 +23,7 @@ def cfg(tiny_cfg):
 
 
 @pytest.mark.parametrize("norm", ["folded", "FrozenBN"])
-def test_features_are_those_of_the_original_network(cfg, shared, norm):
+def test_features_equal_those_of_the_original_network(cfg, shared, norm):
     cfg.MODEL.TIMM.PRETRAINED = str(shared / "weights" / "efficientdet_lite0_coco.npz")
     cfg.MODEL.TIMM.NORM = norm
     backbone = build_backbone(cfg).eval()
@@ -36,7 +36,7 @@ def test_features_are_those_of_the_original_network(cfg, shared, norm):
                 np.testing.assert_allclose(features[name].numpy(), reference[name], atol=1e-3, err_msg=name)
 
 
-def test_levels_have_the_sizes_and_channels_that_are_declared(cfg):
+def test_levels_have_the_declared_sizes_and_channels(cfg):
     cfg.MODEL.BIFPN.CHANNELS, cfg.MODEL.BIFPN.NUM_CELLS = 8, 2
     backbone = build_backbone(cfg).eval()
     shapes = backbone.output_shape()
@@ -48,7 +48,7 @@ def test_levels_have_the_sizes_and_channels_that_are_declared(cfg):
         assert features[name].shape == (1, shapes[name].channels, 128 // stride, 256 // stride), name
 
 
-def test_every_level_looks_at_the_coarsest_and_at_the_finest():
+def test_every_level_depends_on_all_inputs():
     torch.manual_seed(0)
     bifpn = BiFPN(in_channels=[3, 4, 5], channels=6, num_cells=1)
     inputs = [torch.randn(1, c, 16 // 2**i, 16 // 2**i, requires_grad=True) for i, c in enumerate([3, 4, 5])]
@@ -58,11 +58,11 @@ def test_every_level_looks_at_the_coarsest_and_at_the_finest():
 
 
 @pytest.mark.parametrize("size", [(6, 8), (5, 8), (5, 3), (1, 2)])
-def test_halving_is_the_greatest_of_three_by_three_cells_as_tensorflow_pads(size):
+def test_halving_is_max_pooling_with_the_padding_of_tensorflow(size):
     x = torch.randn(1, 2, *size, generator=torch.Generator().manual_seed(0))
     result = halved(x)
     assert result.shape[2:] == tuple(-(-side // 2) for side in size)
-    # TensorFlow's "SAME": the padding is (outputs - 1) * 2 + 3 - side in all, the smaller half of it before.
+    # TensorFlow's "SAME" pads (outputs - 1) * 2 + 3 - side cells in total, the smaller half of them before the first cell.
     before = [((-(-side // 2) - 1) * 2 + 3 - side) // 2 for side in size]
     for row in range(result.shape[2]):
         for column in range(result.shape[3]):
@@ -71,23 +71,23 @@ def test_halving_is_the_greatest_of_three_by_three_cells_as_tensorflow_pads(size
             torch.testing.assert_close(result[0, :, row, column], cells.flatten(1).amax(dim=1))
 
 
-def test_a_file_that_does_not_fit_is_named_with_the_array(tmp_path):
+def test_a_file_that_does_not_fit_the_bifpn_is_named_with_the_array(tmp_path):
     bifpn = BiFPN(in_channels=[3, 4, 5], channels=6, num_cells=1)
     arrays = {f"bifpn.{k}": v.numpy() for k, v in bifpn.state_dict().items()}
     path = str(tmp_path / "weights.npz")
     np.savez(path, **arrays)
     load_pyramid(bifpn, path)
-    with pytest.raises(ValueError, match=r"weights\.npz does not fit at bifpn\.cells\.1\.0"):
+    with pytest.raises(ValueError, match=r"weights\.npz does not fit the BiFPN at bifpn\.cells\.1\.0"):
         load_pyramid(BiFPN(in_channels=[3, 4, 5], channels=6, num_cells=2), path)
 
 
-def test_a_trunk_without_a_stride_is_named(cfg):
+def test_a_trunk_without_a_needed_feature_is_an_error(cfg):
     cfg.MODEL.TIMM.OUT_FEATURES = ["s8", "s16", "s32"]
-    with pytest.raises(ValueError, match=r"MODEL\.TIMM\.OUT_FEATURES: a BiFPN needs \['s4'\]"):
+    with pytest.raises(ValueError, match=r"MODEL\.TIMM\.OUT_FEATURES is .* add \['s4'\], which a BiFPN needs"):
         build_backbone(cfg)
 
 
-def test_a_trunk_that_the_file_does_not_fit_is_named(cfg, tmp_path):
+def test_a_file_that_does_not_fit_the_trunk_is_named_with_the_array(cfg, tmp_path):
     np.savez(tmp_path / "weights.npz", **{"trunk.conv_stem.weight": np.zeros((1, 3, 3, 3), np.float32)})
     cfg.MODEL.TIMM.PRETRAINED = str(tmp_path / "weights.npz")
     with pytest.raises(ValueError, match=r"weights\.npz does not fit the trunk at trunk\.conv_stem\.weight"):
@@ -95,7 +95,7 @@ def test_a_trunk_that_the_file_does_not_fit_is_named(cfg, tmp_path):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_frozen_pyramid_trains_nothing_but_the_level_that_no_file_has(cfg, frozen):
+def test_a_frozen_bifpn_still_trains_the_level_of_stride_4(cfg, frozen):
     cfg.MODEL.BIFPN.FROZEN = frozen
     backbone = build_backbone(cfg)
     assert {p.requires_grad for p in backbone.bifpn.parameters()} == {not frozen}

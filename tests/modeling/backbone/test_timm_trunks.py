@@ -1,4 +1,4 @@
-"""Networks of timm as trunks: what timm computes, whatever becomes of batch norms; mirrored borders where asked for; or a refusal."""
+"""Trunks from timm: features against those of timm, with merged batch norms and mirrored padding; errors for unusable networks."""
 
 import numpy as np
 import pytest
@@ -12,11 +12,11 @@ from torch import nn
 
 FAMILIES = [
     "edgenext_xx_small",
-    # Its first feature lies between a convolution and its batch norm.
+    # The first feature of GhostNet lies between a convolution and its batch norm.
     "ghostnet_050",
     "mobilenetv3_small_050",
     "regnetx_002",
-    # A convolution and an identity are added up before a batch norm that is listed right after another convolution.
+    # RepViT adds a convolution and an identity before a batch norm that is listed directly after another convolution.
     "repvit_m0_9",
     "test_byobnet",
     "test_convnext",
@@ -35,7 +35,7 @@ def needs_the_network(request):
 
 @pytest.fixture(autouse=True)
 def random_weights(monkeypatch):
-    """Networks that timm makes have the same random weights and statistics each time."""
+    """Every network that timm creates has the same random weights and batch norm statistics."""
     create = timm.create_model
 
     def create_random(name, **options):
@@ -53,7 +53,7 @@ def random_weights(monkeypatch):
 
 
 def plain(name: str) -> tuple:
-    """timm's network, and the names that its features have as a trunk's."""
+    """The network of timm, and the names of its features in a trunk."""
     net = timm.create_model(name, features_only=True).eval()
     return net, [f"s{stride}" for stride in net.feature_info.reduction()]
 
@@ -76,7 +76,7 @@ def assert_same(found: dict, features: list, expected: list) -> None:
 
 @pytest.mark.parametrize("name", [*FAMILIES, "test_nfnet"])
 @torch.no_grad()
-def test_a_trunk_computes_what_timm_computes(name):
+def test_features_equal_those_of_timm(name):
     net, features = plain(name)
     expected = net(image())
     for norm in ("FrozenBN", "folded"):
@@ -87,7 +87,7 @@ def test_a_trunk_computes_what_timm_computes(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_mirrored_borders_are_those_of_every_convolution(name, monkeypatch):
+def test_mirrored_padding_applies_to_every_convolution(name, monkeypatch):
     net, features = plain(name)
     trunk = trunk_of(name, features, norm="folded", padding="mirrored")
     unpadded = F.conv2d
@@ -97,7 +97,7 @@ def test_mirrored_borders_are_those_of_every_convolution(name, monkeypatch):
         x = torch.from_numpy(np.pad(x.numpy(), ((0, 0), (0, 0), (y, y), (x_, x_)), mode="symmetric"))
         return unpadded(x, weight, bias, stride, 0, dilation, groups)
 
-    # Large enough for kernels of 9 x 9 on the coarsest feature.
+    # The coarsest feature is large enough for mirrored kernels of 9 x 9.
     inputs = image(128, 160)
     with monkeypatch.context() as patched:
         patched.setattr(F, "conv2d", mirrored)
@@ -107,12 +107,12 @@ def test_mirrored_borders_are_those_of_every_convolution(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", STANDARDIZED)
-def test_borders_of_weight_standardized_convolutions_are_not_mirrored(name):
+def test_weight_standardized_convolutions_cannot_be_mirrored(name):
     with pytest.raises(ValueError, match=r"StdConv2d is not a plain convolution: choose 'zeros' for \S*TRUNK\.PADDING"):
         trunk_of(name, ["s4"], padding="mirrored")
 
 
-def test_norms_that_are_not_merged_are_frozen():
+def test_batch_norms_that_are_not_merged_are_frozen():
     _, features = plain("ghostnet_050")
     trunk = trunk_of("ghostnet_050", features, norm="folded").train()
     assert any(isinstance(module, MergedNorm) for module in trunk.modules())
@@ -123,16 +123,16 @@ def test_norms_that_are_not_merged_are_frozen():
     assert not any(name.startswith("net.bn1") for name, _ in trunk.named_parameters())
 
 
-# The window transformer takes images of one size, Inception does not pad, MambaOut's features have their channels last.
+# MaxViT accepts images of one size only, Xception does not pad, and the features of MambaOut have their channels last.
 @pytest.mark.parametrize("name", ["test_maxvit", "legacy_xception", "test_mambaout"])
-def test_a_network_that_cannot_be_a_trunk_is_refused(name):
+def test_a_network_that_cannot_be_a_trunk_is_an_error(name):
     with pytest.raises(ValueError, match=f"{name} cannot be a trunk: "):
         trunk_of(name, ["s4", "s8"])
 
 
 @torch.no_grad()
-def test_features_are_those_of_their_stride_where_timm_leaves_out_the_finest():
-    # Its feature of stride 1 has number 0, which timm gives only when asked.
+def test_features_have_their_stride_although_timm_omits_the_finest():
+    # The feature of stride 1 has the number 0, and timm omits it by default.
     net, features = plain("dla46_c")
     assert features[0] == "s2"
     found = trunk_of("dla46_c", ["s16", "s4"])(image())
@@ -140,17 +140,17 @@ def test_features_are_those_of_their_stride_where_timm_leaves_out_the_finest():
     assert_same(found, ["s4", "s16"], [expected["s4"], expected["s16"]])
 
 
-# Features that are activations, which have no parameters; names with underscores; a network within a module.
+# Features that are activations without parameters; module names with underscores; a network nested in a module.
 @pytest.mark.parametrize(
     ("name", "norm"), [("test_resnet", "BN"), ("ghostnet_050", "folded"), ("xception41", "BN"), ("cspnext_s", "folded")]
 )
-def test_freezing_ends_where_the_feature_does(name, norm):
+def test_layers_up_to_the_feature_are_frozen(name, norm):
     _, features = plain(name)
     found = trunk_of(name, features[:2], norm=norm, freeze_at=1)(image())
     assert [found[feature].requires_grad for feature in features[:2]] == [False, True]
 
 
-def test_freezing_of_stages_that_have_no_module_is_refused():
+def test_freezing_a_feature_without_a_module_is_an_error():
     with pytest.raises(ValueError, match="FREEZE_AT must be 0"):
         trunk_of("hrnet_w18_small", ["s2", "s32"], freeze_at=1)
 
