@@ -1,4 +1,4 @@
-"""What is supplied to a Detectron2, by what its sources ask for; beside one that asks for nothing, nothing changes.
+"""Missing names are supplied to Detectron2 only if its sources use them.
 
 Each case is a process with a package `detectron2` of a few lines.
 """
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# As the main branch has them.
+# Lines of the main branch of Detectron2.
 CURRENT = {
     "__init__.py": "__version__ = '0.6'",
     "data/transforms/transform.py": "def resize(interp=Image.BILINEAR): ...",
@@ -24,7 +24,7 @@ CURRENT = {
     "export/__init__.py": "try:\n    from caffe2.proto import caffe2_pb2\nexcept ImportError:\n    pass\n"
     "else:\n    from .api import *",
 }
-# As the release of PyPI has them, and what is supplied for it.
+# Lines of the release on PyPI, and the names that are supplied for them.
 OLD = {
     "data/transforms/transform.py": ("def resize(interp=Image.LINEAR): ...", {"PIL.Image.LINEAR"}),
     "structures/masks.py": ("mask = np.zeros((2, 2)).astype(np.bool)", {"numpy.bool"}),
@@ -58,7 +58,7 @@ print(json.dumps(found + [name for name in modules if name in sys.modules]))
 
 
 def supplied(folder: Path, sources: dict) -> set:
-    """What `sharpmask_d2.compat` supplies, beside current libraries, to a Detectron2 of these sources."""
+    """Names that `sharpmask_d2.compat` supplies to a Detectron2 with these sources and current libraries."""
     for name, text in sources.items():
         path = folder / "detectron2" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,18 +69,18 @@ def supplied(folder: Path, sources: dict) -> set:
     return set(json.loads(done.stdout))
 
 
-def test_a_detectron2_that_misses_nothing_changes_nothing(tmp_path):
+def test_nothing_is_supplied_to_the_main_branch(tmp_path):
     assert supplied(tmp_path, CURRENT) == set()
 
 
 @pytest.mark.parametrize("path", OLD)
-def test_each_thing_is_supplied_on_its_own(tmp_path, path):
+def test_each_name_is_supplied_if_a_source_uses_it(tmp_path, path):
     source, expected = OLD[path]
     assert supplied(tmp_path, {**CURRENT, path: source}) == expected
 
 
-def test_what_is_there_is_not_replaced(tmp_path):
-    # Compiled operators, and Caffe2.
+def test_existing_modules_are_not_replaced(tmp_path):
+    # Compiled operators and Caffe2 exist.
     (tmp_path / "caffe2").mkdir()
     (tmp_path / "caffe2" / "__init__.py").write_text("")
     old = {path: source for path, (source, _) in OLD.items()}

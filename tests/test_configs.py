@@ -1,4 +1,4 @@
-"""Every file in configs/ builds the model it says, and its LazyConfig twin builds the same."""
+"""Every file in configs/ builds its model, and the LazyConfig of the same name builds an equal one."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -43,7 +43,7 @@ def load_yaml(name: str):
     cfg.merge_from_file(str(CONFIGS / f"{name}.yaml"))
     cfg.MODEL.DEVICE = "cpu"
     if "lite0" in name:
-        # The package with the weights need not be installed.
+        # The package with the weights may be missing.
         cfg.MODEL.SHARPMASK.TRUNK.PRETRAINED = cfg.MODEL.TIMM.PRETRAINED = ""
     return cfg
 
@@ -55,14 +55,14 @@ def load_lazy(name: str):
     return cfg
 
 
-def test_every_yaml_is_checked_here():
+def test_every_yaml_file_is_tested():
     names = {path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("Base-")}
     assert names == set(MODELS) | set(PYRAMID_MODELS)
     assert set(LAZY) <= names
 
 
-def test_no_config_asks_detectron2_for_what_it_cannot_do_on_a_cpu():
-    """Its own trainers have mixed precision on CUDA only; the key of this package's Trainer is another one."""
+def test_no_config_enables_mixed_precision_of_detectron2():
+    """Detectron2's trainers support mixed precision on CUDA only; the Trainer of this package has its own key."""
     for name in (*MODELS, *PYRAMID_MODELS):
         cfg = load_yaml(name)
         assert not cfg.SOLVER.AMP.ENABLED
@@ -115,7 +115,7 @@ def test_yaml_builds_its_pyramid_model(name):
         ("deepmask_paper_VGG_A", {0: 1e-3, 1_199_990: 1e-3}),
     ],
 )
-def test_learning_rate_falls_as_the_comments_say(name, rates):
+def test_learning_rates_follow_the_comments(name, rates):
     cfg = load_yaml(name)
     scheduler = build_lr_scheduler(cfg, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR))
     for iteration, rate in rates.items():
@@ -123,19 +123,19 @@ def test_learning_rate_falls_as_the_comments_say(name, rates):
         assert scheduler.get_lr()[0] == pytest.approx(rate, rel=1e-2)
 
 
-def test_released_deepmask_has_the_released_number_of_parameters():
-    """Counted in the released model file: trunk with the shared head part, mask head and score head."""
+def test_deepmask_has_the_number_of_parameters_of_the_released_model():
+    """The number was counted in the released model file: trunk with the shared part of the heads, mask head and score head."""
     assert sum(p.numel() for p in build_model(load_yaml("deepmask_R_50")).parameters()) == 17_333_121
 
 
 def plain_attributes(module) -> dict:
-    # LazyConfig hands lists and dicts on as objects of its own, which compare equal to these.
+    # LazyConfig passes lists and dicts as its own types, which compare equal to lists and dicts.
     kinds = (bool, int, float, str, Sequence, Mapping)
     return {k: v for k, v in vars(module).items() if isinstance(v, kinds) and not k.startswith("_")}
 
 
 @pytest.mark.parametrize("name", LAZY)
-def test_lazy_config_is_the_same_as_the_yaml(name):
+def test_lazy_config_equals_the_yaml_file(name):
     cfg, lazy_cfg = load_yaml(name), load_lazy(name)
     model, lazy = build_model(cfg), instantiate(lazy_cfg.model)
     assert {k: v.shape for k, v in lazy.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
@@ -164,5 +164,5 @@ def test_lazy_config_is_the_same_as_the_yaml(name):
     scheduler = build_lr_scheduler(cfg, optimizer)
     for where in (0.0, 0.01, 0.1, 0.2, 0.3, 0.5, 0.9):
         scheduler.last_epoch = where * cfg.SOLVER.MAX_ITER
-        # The yaml's middle step is 0.46, the exact one 0.5.
+        # The factor of the middle step is 0.46 in the yaml file and 0.5 in the released code.
         assert multiplier(where) * cfg.SOLVER.BASE_LR == pytest.approx(scheduler.get_lr()[-1], rel=0.08)

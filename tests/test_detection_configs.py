@@ -1,4 +1,4 @@
-"""Every file in configs/detection/ builds the detector it says; the backbones of detectors are the trunks."""
+"""Every file in configs/detection/ builds its detector; trunks are the backbones of detectors."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -18,7 +18,7 @@ from sharpmask_d2.engine.trainer import reads_proposal_masks
 from sharpmask_d2.modeling.backbone import VGGTrunk
 
 CONFIGS = ROOT / "configs" / "detection"
-# Name -> RoI heads, features they read, strides.
+# Name -> RoI heads, strides of the features of the backbone.
 MODELS = {
     "fast_rcnn_VGG16": ("ProposalMaskROIHeads", {"conv5": 16}),
     "multipath_VGG16": ("MultiPathROIHeads", {"conv3": 4, "conv4": 8, "conv5": 16}),
@@ -40,12 +40,12 @@ def load_yaml(name: str):
     add_sharpmask_config(cfg)
     cfg.merge_from_file(str(CONFIGS / f"{name}.yaml"))
     cfg.MODEL.DEVICE = "cpu"
-    # The package with the weights need not be installed.
+    # The package with the weights may be missing.
     cfg.MODEL.TIMM.PRETRAINED = ""
     return cfg
 
 
-def test_every_yaml_is_checked_here():
+def test_every_yaml_file_is_tested():
     names = {path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("Base-")}
     assert names == set(MODELS) | {"rpn_fpn_lite0", "mask_rcnn_agnostic_lite0"}
 
@@ -54,7 +54,7 @@ def test_every_yaml_is_checked_here():
 def test_yaml_builds_its_detector(name):
     heads, strides = MODELS[name]
     cfg = load_yaml(name)
-    # VGG's fc6 would have 100 million parameters.
+    # The layer fc6 of VGG has 100 million parameters.
     cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
     model = build_model(cfg)
     assert type(model.roi_heads).__name__ == heads
@@ -64,13 +64,13 @@ def test_yaml_builds_its_detector(name):
     assert f"output/{name}" == cfg.OUTPUT_DIR
 
 
-def test_heads_that_keep_masks_get_them_from_precomputed_proposals():
+def test_masks_of_precomputed_proposals_are_read_for_heads_that_keep_them():
     read = {name for name in MODELS if reads_proposal_masks(load_yaml(name))}
     online = {"faster_rcnn_lite0", "multipath_bifpn_lite0", "sharpmask_fpn_rcnn_R_50_FPN"}
     assert read == set(MODELS) - online
 
 
-def test_the_paper_s_schedule():
+def test_schedule_of_the_multipath_paper():
     cfg = load_yaml("multipath_VGG16")
     solver = cfg.SOLVER
     assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER, solver.STEPS) == (4, 0.001, 320000, (280000,))
@@ -80,7 +80,7 @@ def test_the_paper_s_schedule():
     assert (cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE) == (0.3, 100)
 
 
-def test_vgg_weights_of_torchvision_load_from_a_pickle(tmp_path):
+def test_vgg_weights_of_torchvision_can_be_loaded(tmp_path):
     cfg = load_yaml("fast_rcnn_VGG16")
     cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
     trunk = VGGTrunk(variant="D", padding="zeros", out_features=["conv5"])
@@ -96,7 +96,7 @@ def test_vgg_weights_of_torchvision_load_from_a_pickle(tmp_path):
     assert len(frozen) == 8
 
 
-def test_pyramid_on_a_timm_backbone_has_its_levels():
+def test_levels_of_a_pyramid_on_a_timm_backbone():
     cfg = load_yaml("fast_rcnn_lite0")
     cfg.MODEL.BACKBONE.NAME = "build_timm_fpn_backbone"
     cfg.MODEL.TIMM.OUT_FEATURES = ["s8", "s16", "s32"]

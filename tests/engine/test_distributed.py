@@ -1,4 +1,4 @@
-"""Training on several processes: what they learn together is what one process learns from all of their images."""
+"""Training in several processes: the mean of their losses and gradients equals that of one process with all of their images."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -23,27 +23,27 @@ def _full_images(number: int) -> dict:
 
 def _patches(number: int) -> dict:
     generator = torch.Generator().manual_seed(number)
-    # Of the first process, all patches pay for their masks and one for its score; of the second, one and three.
-    pays = torch.arange(3) < torch.tensor([[3], [1]])
+    # Three masks and one score contribute to the losses of the first process, one mask and three scores to those of the second.
+    counted = torch.arange(3) < torch.tensor([[3], [1]])
     return {
         "patches": torch.randint(0, 256, (3, 3, 96, 96), generator=generator, dtype=torch.uint8),
         "masks": torch.rand(3, 64, 64, generator=generator) < 0.5,
         "labels": torch.rand(3, generator=generator) < 0.5,
-        "pays_mask": pays[number],
-        "pays_score": pays[1 - number],
+        "pays_mask": counted[number],
+        "pays_score": counted[1 - number],
     }
 
 
 INPUTS = {"SegmentProposalNetwork": _full_images, "SharpMaskProposalNetwork": _patches}
 
 
-def _learn(cfg, numbers: list) -> tuple:
-    """Losses and gradients of a step with some of the inputs."""
+def _losses_and_gradients(cfg, numbers: list) -> tuple:
+    """Losses and gradients of one step with the inputs of these numbers."""
     torch.manual_seed(0)
     model = build_model(cfg).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            # What it draws depends on the size of the batch.
+            # Its random numbers depend on the size of the batch.
             module.p = 0.0
     with EventStorage():
         losses = model([INPUTS[cfg.MODEL.META_ARCHITECTURE](number) for number in numbers])
@@ -55,13 +55,14 @@ def _learn(cfg, numbers: list) -> tuple:
 def _work(rank: int, cfgs: list, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save([_learn(cfg, [rank]) for cfg in cfgs], f"{folder}/{rank}.pth")
+    torch.save([_losses_and_gradients(cfg, [rank]) for cfg in cfgs], f"{folder}/{rank}.pth")
     distributed.destroy_process_group()
 
 
 @pytest.fixture
 def cfgs(tiny_cfg):
-    """Of the network on a feature pyramid, which draws nothing, and of the one that learns from patches."""
+    """Configs of the network on a feature pyramid and of the network that is trained on patches. Neither draws random numbers: all windows
+    contribute to the losses, and without jitter every object has its canonical window."""
     tiny_cfg.MODEL.SHARPMASK.WINDOW_SIZE = 64
     cfg = tiny_cfg.clone()
     cfg.MODEL.META_ARCHITECTURE = "SegmentProposalNetwork"
@@ -81,18 +82,18 @@ def cfgs(tiny_cfg):
     return [cfg, tiny_cfg]
 
 
-def test_two_processes_learn_what_one_learns_from_both_halves(cfgs, tmp_path):
+def test_two_processes_have_the_mean_losses_and_gradients_of_one(cfgs, tmp_path):
     torch.multiprocessing.spawn(_work, (cfgs, str(tmp_path)), nprocs=2)
     halves = [torch.load(Path(tmp_path, f"{rank}.pth")) for rank in (0, 1)]
     for number, cfg in enumerate(cfgs):
-        losses, gradients = _learn(cfg, [0, 1])
+        losses, gradients = _losses_and_gradients(cfg, [0, 1])
         (first, first_gradients), (second, second_gradients) = (half[number] for half in halves)
         assert len(losses) >= 2
         for name, loss in losses.items():
-            # DistributedDataParallel takes the mean of the processes' gradients.
+            # DistributedDataParallel averages the gradients of the processes.
             torch.testing.assert_close((first[name] + second[name]) / 2, loss, msg=lambda m, name=name: f"{name}: {m}")
         assert first_gradients.keys() == second_gradients.keys() == gradients.keys()
         for name, gradient in gradients.items():
             together = (first_gradients[name] + second_gradients[name]) / 2
-            # Convolutions of one image and of two round differently.
+            # Convolutions round differently in batches of one and of two images.
             assert (together - gradient).norm() <= 0.01 * gradient.norm(), name

@@ -1,4 +1,4 @@
-"""Trainings that were interrupted go on as if they had not been, from whole checkpoints with finite numbers."""
+"""An interrupted training resumes exactly, from complete checkpoints with finite weights."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -31,7 +31,7 @@ STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
 
 
 class SmallPyramid(Backbone):
-    """Four features of eight channels."""
+    """A backbone with four features of eight channels."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ def build_small_pyramid(cfg, input_shape):
 
 @pytest.fixture
 def cfg(tiny_cfg, make_dataset, tmp_path):
-    """A SharpMaskFPN that learns from a drawn dataset for a moment."""
+    """Config of a short training of SharpMaskFPN on a drawn dataset."""
     data = make_dataset(tmp_path / "data", num_images=5)
     register_datasets([(NAME, str(data.annotations), str(data.image_root))])
     cfg = tiny_cfg
@@ -89,7 +89,7 @@ def cfg(tiny_cfg, make_dataset, tmp_path):
 
 
 class _Interrupt(hooks.HookBase):
-    """Ends a training after an iteration, as a key press does."""
+    """Interrupts a training after an iteration, as Ctrl-C does."""
 
     def __init__(self, iteration: int):
         self.iteration = iteration
@@ -103,7 +103,7 @@ def train(cfg, *, folder: str, resume: bool = False, hook=None) -> None:
     cfg = cfg.clone()
     cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/{folder}"
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    # Not what default_setup seeds: in a process of its own, other things may have been drawn before.
+    # A resumed process has another state of the random number generators.
     seed = 100 + resume
     torch.manual_seed(cfg.SEED)
     np.random.seed(seed)  # noqa: NPY002
@@ -120,7 +120,7 @@ def read(cfg, folder: str, name: str = "model_final") -> dict:
 
 
 def differences(first, second, name: str = "") -> list:
-    """Names of what differs in two checkpoints, to the bit."""
+    """Names of the entries that are not bitwise equal in two checkpoints."""
     if isinstance(first, dict):
         assert first.keys() == second.keys()
         return [x for key in first for x in differences(first[key], second[key], f"{name}.{key}")]
@@ -132,7 +132,7 @@ def differences(first, second, name: str = "") -> list:
 
 
 def _stock(cfg):
-    """Detectron2's own mapper, in batches of one shape."""
+    """Detectron2's own mapper, in batches of equal aspect ratio."""
 
 
 def _jitter(cfg):
@@ -147,7 +147,7 @@ def _adamw(cfg):
 
 
 def _detector(cfg):
-    """A stock detector with a generator that learns."""
+    """A stock detector whose proposal generator is trained."""
     to_small_detector(cfg, roi_heads="StandardROIHeads", num_classes=2)
     cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMaskFPN"
     cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4"]
@@ -156,8 +156,8 @@ def _detector(cfg):
     cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 4
 
 
-@pytest.mark.parametrize("setup", [_stock, _jitter, _adamw, _detector])
-def test_a_resumed_training_on_full_images_is_the_undisturbed_one(cfg, setup):
+@pytest.mark.parametrize("setup", [_stock, _adamw, _detector])
+def test_a_resumed_training_equals_an_uninterrupted_one(cfg, setup):
     setup(cfg)
     train(cfg, folder="whole")
     with pytest.raises(KeyboardInterrupt):
@@ -167,26 +167,33 @@ def test_a_resumed_training_on_full_images_is_the_undisturbed_one(cfg, setup):
     whole, resumed = read(cfg, "whole"), read(cfg, "resumed")
     assert whole["trainer"]["_trainer"]["optimizer"]["state"]
     assert differences(whole, resumed) == []
-    # All of it learns.
+    # Most parameters are trained.
     start = read(cfg, "whole", "model_0000001")["model"]
     assert len(differences(whole["model"], start)) > len(start) / 2
 
 
 def take(loader, count: int) -> list:
-    """Images of the first batches of a loader, and their flips and sizes: (id, pixels)."""
+    """Pairs of id and pixels of the images in the first batches of a loader."""
     batches = itertools.islice(iter(loader), count)
     return [[(image["image_id"], image["image"]) for image in batch] for batch in batches]
 
 
-@pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"])
-@pytest.mark.parametrize("grouping", [False, True])
-def test_batches_of_full_images_depend_on_their_number_only(cfg, sampler, grouping):
+@pytest.mark.parametrize(
+    ("sampler", "grouping"),
+    [
+        ("TrainingSampler", False),
+        ("TrainingSampler", True),
+        ("RepeatFactorTrainingSampler", True),
+        ("RandomSubsetTrainingSampler", False),
+    ],
+)
+def test_batches_depend_on_their_number_only(cfg, sampler, grouping):
     cfg.DATALOADER.SAMPLER_TRAIN = sampler
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.8
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = grouping
     dicts = DatasetCatalog.get(NAME)
     for number, record in enumerate(dicts):
-        # What the mapper reads of an image is its file: its shape decides about groups.
+        # The sampler groups images by the sizes in the annotations.
         record["width"], record["height"] = (160, 120) if number % 2 else (120, 160)
     wide = {record["image_id"] for number, record in enumerate(dicts) if number % 2}
     DatasetCatalog.remove(NAME)
@@ -206,11 +213,11 @@ def test_batches_of_full_images_depend_on_their_number_only(cfg, sampler, groupi
         torch.manual_seed(num_workers)
         loader = build()
         iterator = iter(loader)
-        # A trainer asks for the iterator first and resumes later.
+        # A trainer creates the iterator before it resumes.
         loader.start = 3
         before = torch.get_rng_state()
         assert differences(take(iterator, 5), whole[3:]) == []
-        # What the trainer draws does not depend on who maps the images.
+        # The random numbers of the trainer do not depend on the number of worker processes.
         assert torch.equal(torch.get_rng_state(), before)
     drawn = torch.stack([pixels for batch in whole for _, pixels in batch])
     assert len(drawn.unique()) == drawn.numel()
@@ -220,15 +227,15 @@ def test_batches_of_full_images_depend_on_their_number_only(cfg, sampler, groupi
     assert differences(take(build(), 8), whole)
 
 
-def test_images_come_as_often_as_detectron2_has_them(cfg):
+def test_every_epoch_contains_every_image_once(cfg):
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = True
-    # 5 images, all wide: ten batches of two are four epochs.
+    # Ten batches of two images are four epochs of five images.
     ids = [image_id for batch in take(Trainer.build_train_loader(cfg), 10) for image_id, _ in batch]
     for epoch in range(4):
         assert sorted(ids[5 * epoch : 5 * epoch + 5]) == [1, 2, 3, 4, 5]
 
 
-def test_every_process_has_images_of_its_own(cfg, monkeypatch):
+def test_processes_have_different_images(cfg, monkeypatch):
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
     monkeypatch.setattr("detectron2.utils.comm.all_gather", lambda number: [number, None])
     seen = []
@@ -236,13 +243,13 @@ def test_every_process_has_images_of_its_own(cfg, monkeypatch):
         monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
         seen.append(take(Trainer.build_train_loader(cfg), 5))
     assert [len(batch) for batch in seen[0] + seen[1]] == [1] * 10
-    # Of the ten places of two epochs, each has every other one.
+    # The ten images of two epochs alternate between the processes.
     ids = [image_id for pair in zip(*seen) for batch in pair for image_id, _ in batch]
     assert sorted(ids[:5]) == sorted(ids[5:]) == [1, 2, 3, 4, 5]
 
 
-class _Draw(hooks.HookBase):
-    """Keeps what a step would draw: iteration -> numbers of torch, numpy and Python."""
+class _RecordDraws(hooks.HookBase):
+    """Records random numbers of torch, numpy and Python at every iteration."""
 
     def __init__(self):
         self.drawn = {}
@@ -252,13 +259,13 @@ class _Draw(hooks.HookBase):
         self.drawn[self.trainer.iter] = numbers
 
 
-def test_no_two_steps_draw_the_same(cfg, monkeypatch):
+def test_random_numbers_differ_between_steps_processes_and_seeds(cfg, monkeypatch):
     cfg.SOLVER.MAX_ITER = 3
     cfg.SOLVER.STEPS = ()
     drawn = {}
     for seed, rank in itertools.product((1, 2), (0, 1)):
         cfg.SEED = seed
-        hook = _Draw()
+        hook = _RecordDraws()
         monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
         monkeypatch.setattr("detectron2.utils.comm.is_main_process", lambda: True)
         train(cfg, folder=f"{seed}_{rank}", hook=hook)
@@ -266,7 +273,7 @@ def test_no_two_steps_draw_the_same(cfg, monkeypatch):
     for kind in range(3):
         numbers = [step[kind] for steps in drawn.values() for step in steps.values()]
         assert len(set(numbers)) == len(numbers) == 12
-    hook = _Draw()
+    hook = _RecordDraws()
     train(cfg, folder="again", hook=hook)
     assert hook.drawn == drawn[2, 1]
 
@@ -276,9 +283,9 @@ def test_no_two_steps_draw_the_same(cfg, monkeypatch):
 
 @pytest.fixture
 def checkpointer(tmp_path, monkeypatch, caplog):
-    """Of a small model, with checkpoints of iterations 1 and 3."""
+    """A checkpointer of a small model, with checkpoints of the iterations 1 and 3."""
     checkpointer = SafeCheckpointer(nn.Linear(2, 2), str(tmp_path))
-    # What other tests set up for training may keep records from pytest.
+    # Other tests configure loggers, which can hide records from pytest.
     logging.disable(logging.NOTSET)
     monkeypatch.setattr(checkpointer.logger, "disabled", False)
     monkeypatch.setattr(checkpointer.logger, "propagate", False)
@@ -290,7 +297,7 @@ def checkpointer(tmp_path, monkeypatch, caplog):
     return checkpointer
 
 
-def test_whole_checkpoints_are_resumed_from_as_ever(checkpointer, tmp_path, caplog):
+def test_the_last_complete_checkpoint_is_loaded(checkpointer, tmp_path, caplog):
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000003.pth")
     assert checkpointer.resume_or_load("", resume=True)["iteration"] == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -302,12 +309,12 @@ def test_whole_checkpoints_are_resumed_from_as_ever(checkpointer, tmp_path, capl
 
 
 @pytest.mark.parametrize("last", ["", "model_0000003.pth", "model_0000009.pth"])
-def test_the_latest_whole_checkpoint_is_resumed_from(checkpointer, tmp_path, caplog, last):
-    """A kill has left the file of the last checkpoint's name empty, or named a file that is cut or gone."""
+def test_the_latest_complete_checkpoint_is_loaded_if_the_last_is_broken(checkpointer, tmp_path, caplog, last):
+    """A killed process left `last_checkpoint` empty, or it names a truncated or missing file."""
     (tmp_path / "last_checkpoint").write_text(last)
     path = tmp_path / "model_0000003.pth"
     path.write_bytes(path.read_bytes()[:-100])
-    # Newer, but not of a training.
+    # A newer file that is not a checkpoint of a training.
     torch.save({"model": {}}, tmp_path / "packed.pth")
     os.utime(tmp_path / "model_0000001.pth", (1, 1))
     assert checkpointer.has_checkpoint()
@@ -319,14 +326,14 @@ def test_the_latest_whole_checkpoint_is_resumed_from(checkpointer, tmp_path, cap
     assert "model_0000001.pth, the latest whole checkpoint" in warnings[0]
 
 
-def test_without_any_whole_checkpoint_a_training_starts(checkpointer, tmp_path, caplog):
+def test_without_a_complete_checkpoint_training_starts_anew(checkpointer, tmp_path, caplog):
     for path in tmp_path.glob("*.pth"):
         path.write_bytes(path.read_bytes()[:-100])
     assert not checkpointer.has_checkpoint()
     assert "there is no whole checkpoint" in caplog.text
 
 
-def test_a_trainer_resumes_from_the_latest_whole_checkpoint(cfg):
+def test_a_trainer_resumes_from_the_latest_complete_checkpoint(cfg):
     _jitter(cfg)
     train(cfg, folder="whole")
     with pytest.raises(KeyboardInterrupt):
@@ -340,7 +347,7 @@ def test_a_trainer_resumes_from_the_latest_whole_checkpoint(cfg):
     assert differences(read(cfg, "whole"), read(cfg, "killed")) == []
 
 
-def test_what_ends_the_writing_leaves_what_was_there(checkpointer, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_checkpoint(checkpointer, tmp_path, monkeypatch):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def cut(data, file):
@@ -357,7 +364,7 @@ def test_what_ends_the_writing_leaves_what_was_there(checkpointer, tmp_path, mon
 
 
 @pytest.mark.parametrize("learning_rate", [1e12, 1e38])
-def test_a_diverged_training_stops_and_keeps_what_was_good(cfg, learning_rate):
+def test_a_diverged_training_stops_and_keeps_finite_checkpoints(cfg, learning_rate):
     _jitter(cfg)
     train(cfg, folder="good", hook=None)
     cfg.SOLVER.BASE_LR = learning_rate
@@ -379,8 +386,8 @@ def test_a_diverged_training_stops_and_keeps_what_was_good(cfg, learning_rate):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
-def test_scores_that_are_no_numbers_are_a_loss_that_is_none(cfg, bad):
-    """They are not those of windows outside of the image, which pay nothing."""
+def test_scores_that_are_not_finite_end_the_training(cfg, bad):
+    """Windows outside the image also have infinite scores, but do not contribute to the loss."""
     _jitter(cfg)
 
     class Spoil(hooks.HookBase):
@@ -407,7 +414,7 @@ def test_weights_that_are_not_finite_are_not_written(checkpointer, tmp_path):
 @pytest.mark.parametrize("kind", [SafeCheckpointer, StrictCheckpointer])
 @pytest.mark.parametrize("ending", ["pth", "pkl"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(tmp_path, kind, ending, bad):
+def test_weights_that_are_not_finite_are_not_loaded(tmp_path, kind, ending, bad):
     state = nn.Linear(2, 2).state_dict()
     state["bias"][1] = bad
     path = tmp_path / f"bad.{ending}"

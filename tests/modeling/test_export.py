@@ -1,4 +1,4 @@
-"""Detectron2's ways to export a model, as its tools/deploy/export_model.py goes them: refused, and counting operations is not."""
+"""Tracing and scripting of models, as in Detectron2's tools/deploy/export_model.py, raise errors; operations can be counted."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -11,7 +11,6 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.analysis import FlopCountAnalysis
 from drawing import to_small_detector
-from test_feature_pyramid import detector_cfg, with_fpn
 
 INPUTS = [{"image": torch.zeros(3, 64, 96)}]
 KINDS = ["SharpMaskGenerator", "SharpMaskFPN", "SharpMaskProposalNetwork", "SegmentProposalNetwork"]
@@ -19,17 +18,23 @@ KINDS = ["SharpMaskGenerator", "SharpMaskFPN", "SharpMaskProposalNetwork", "Segm
 
 @pytest.fixture
 def model(tiny_cfg, request):
-    """A small model that has or is one of `KINDS`; its detections have no masks, as those of boxes alone."""
+    """A small model that contains or is one of `KINDS`; its detections have no masks."""
     cfg, kind = tiny_cfg, request.param
     cfg.MODEL.SHARPMASK.TEST.SCALES = [0.0]
     if kind == "SharpMaskGenerator":
         to_small_detector(cfg, roi_heads="StandardROIHeads", num_classes=2)
     elif kind != "SharpMaskProposalNetwork":
         cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMaskFPN"
-        with_fpn(cfg)
+        cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+        cfg.MODEL.RESNETS.DEPTH = 18
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+        cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+        cfg.MODEL.FPN.OUT_CHANNELS = 8
+        cfg.MODEL.SHARPMASK.FPN.IN_FEATURES = ["p2", "p3", "p4", "p5"]
         if kind == "SharpMaskFPN":
-            detector_cfg(cfg, "StandardROIHeads")
-            cfg.MODEL.SHARPMASK.FPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+            to_small_detector(cfg, roi_heads="StandardROIHeads", num_classes=2)
+            cfg.MODEL.PROPOSAL_GENERATOR.NAME = kind
+            cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
         else:
             cfg.MODEL.META_ARCHITECTURE = "SegmentProposalNetwork"
     torch.manual_seed(0)
@@ -37,7 +42,7 @@ def model(tiny_cfg, request):
 
 
 def detect(model, inputs) -> list:
-    """What export_model.py calls of a detector: raw detections."""
+    """Raw detections, as export_model.py computes them."""
     if not hasattr(model, "roi_heads"):
         return [{"boxes": x["proposals"].proposal_boxes} for x in model(inputs)]
     return [{"boxes": x.pred_boxes} for x in model.inference(inputs, do_postprocess=False)]
@@ -45,18 +50,18 @@ def detect(model, inputs) -> list:
 
 @pytest.mark.parametrize("model", KINDS, indirect=True)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_tracing_is_refused(model):
+def test_tracing_raises_an_error(model):
     model, kind = model
     adapter = TracingAdapter(model, INPUTS, detect)
     with torch.no_grad(), pytest.raises(NotImplementedError, match=f"{kind} cannot be exported: traced or scripted"):
         torch.jit.trace(adapter, adapter.flattened_inputs)
-    # It runs as before.
+    # The model still runs in Python.
     with torch.no_grad():
         assert len(detect(model, INPUTS)) == 1
 
 
 @pytest.mark.parametrize("model", KINDS, indirect=True)
-def test_scripting_is_refused(model):
+def test_scripting_raises_an_error(model):
     model, kind = model
     fields = {"proposal_boxes": Boxes, "objectness_logits": torch.Tensor, "pred_boxes": Boxes, "scores": torch.Tensor}
     with pytest.raises(NotImplementedError, match=f"{kind} cannot be exported: traced or scripted"):

@@ -1,4 +1,4 @@
-"""Losses, the per-patch evaluator and packed checkpoints."""
+"""Losses against slow references, the evaluator of patches, and packed checkpoints."""
 
 import numpy as np
 import pytest
@@ -16,26 +16,26 @@ def _batch(seed=0, count=5, side=6):
     return logits, targets
 
 
-def test_mask_loss_is_the_soft_margin_loss_of_the_windows_that_pay():
+def test_mask_loss_is_the_soft_margin_loss_of_the_selected_windows():
     logits, targets = _batch()
-    paying = torch.tensor([True, False, True, False, False])
+    selected = torch.tensor([True, False, True, False, False])
     expected = 0.0
     for n in (0, 2):
         for row in range(6):
             for column in range(6):
                 y = 1.0 if targets[n, row, column] else -1.0
                 expected += np.log1p(np.exp(-y * float(logits[n, row, column]))) / 36 / 2
-    assert mask_loss(logits, targets, paying).item() == pytest.approx(expected, rel=1e-5)
+    assert mask_loss(logits, targets, selected).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_score_loss_is_the_logistic_loss_of_the_windows_that_pay():
+def test_score_loss_is_the_logistic_loss_of_the_selected_windows():
     logits, labels = torch.tensor([0.3, -2.0, 5.0]), torch.tensor([1, 1, 0])
-    paying = torch.tensor([True, True, False])
+    selected = torch.tensor([True, True, False])
     expected = (np.log1p(np.exp(-0.3)) + np.log1p(np.exp(2.0))) / 2
-    assert float(score_loss(logits, labels, paying)) == pytest.approx(expected, rel=1e-5)
+    assert float(score_loss(logits, labels, selected)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_losses_without_a_paying_window_are_zero_and_have_a_gradient():
+def test_the_mask_loss_without_selected_windows_is_zero_and_has_a_gradient():
     logits, targets = _batch()
     logits.requires_grad_(True)
     loss = mask_loss(logits, targets, torch.zeros(5, dtype=torch.bool))
@@ -44,17 +44,17 @@ def test_losses_without_a_paying_window_are_zero_and_have_a_gradient():
     assert float(logits.grad.abs().sum()) == 0
 
 
-def test_mask_iou():
+def test_mask_iou_by_hand():
     targets = torch.zeros(3, 4, 4)
     targets[0, :2] = 1  # 8 pixels
     targets[1, :, :2] = 1
     logits = torch.full((3, 4, 4), -1.0)
-    logits[0, 1:3] = 1  # 4 of 12 in common
+    logits[0, 1:3] = 1  # intersection 4, union 12
     logits[1, :, :2] = 1
     torch.testing.assert_close(mask_iou(logits, targets), torch.tensor([4 / 12, 1.0, 1.0]))
 
 
-def test_patch_evaluator_gives_mean_median_shares_and_accuracy():
+def test_patch_evaluator_reports_mean_median_shares_and_accuracy():
     side = 10
     ious = [0.2, 0.4, 0.6, 1.0]
     targets, masks = torch.zeros(6, side, side, dtype=torch.uint8), torch.full((6, side, side), -1.0)
@@ -80,7 +80,7 @@ def test_patch_evaluator_gives_mean_median_shares_and_accuracy():
     assert np.isnan(evaluator.evaluate()["patches"]["mean IoU"])
 
 
-def test_packing_joins_models_that_share_parameters():
+def test_packing_merges_models_that_share_parameters():
     a = {"trunk": torch.tensor([1.0, 2.0]), "mask": torch.tensor([3.0])}
     b = {"trunk": torch.tensor([1.0, 2.0]), "steps": torch.tensor([4])}
     packed = pack([a, b])
@@ -102,7 +102,7 @@ def test_packed_files_are_checkpoints_and_smaller(tmp_path):
     assert torch.equal(model[0].weight, packed["0.weight"].float())
 
 
-def test_a_checkpoint_that_lacks_parameters_is_an_error_that_names_them(tmp_path):
+def test_missing_and_unfitting_parameters_of_a_checkpoint_are_named(tmp_path):
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     state = model.state_dict()
     torch.save({"model": {**state, "more": torch.zeros(1)}}, tmp_path / "whole.pth")

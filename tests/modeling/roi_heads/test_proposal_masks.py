@@ -18,7 +18,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances, ROIMasks
 from detectron2.utils.events import EventStorage
 from drawing import compressed_rle as encode
-from precomputed import SIZE, draw_proposals, to_detector
+from precomputed import SIZE, to_detector
 from pycocotools import mask as mask_util
 from sharpmask_d2.checkpoint import StrictCheckpointer
 from sharpmask_d2.data import ProposalMapper, register_datasets
