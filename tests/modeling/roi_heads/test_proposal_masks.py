@@ -26,34 +26,7 @@ from sharpmask_d2.data.proposal_mapper import sample_masks
 from sharpmask_d2.modeling import ProposalMaskTTA
 from sharpmask_d2.modeling.roi_heads import MaskKeepingOutputLayers, ProposalROIMasks, without_masks
 
-SIZE = (120, 160)
 OURS = {"StandardROIHeads": "ProposalMaskROIHeads", "Res5ROIHeads": "ProposalMaskRes5ROIHeads"}
-
-
-def to_detector(cfg, roi_heads: str):
-    """Turn `tiny_cfg`, in place, into a small Fast R-CNN on a ResNet."""
-    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
-    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
-    cfg.MODEL.RESNETS.DEPTH = 50 if "Res5" in roi_heads else 18
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if "Res5" not in roi_heads else 32
-    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 16
-    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 8
-    cfg.MODEL.ROI_HEADS.NAME = roi_heads
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
-    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["res4"]
-    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
-    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
-    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
-    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
-    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
-    return cfg
-
-
-def encode(mask: np.ndarray) -> dict:
-    """A bitmap as compressed RLE whose counts are text."""
-    rle = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
 
 
 def draw_ellipses(count: int, rng) -> list:
