@@ -7,7 +7,7 @@ from .common.base import dataloader, lr_multiplier, mapper, model, optimizer, tr
 
 model.pyramid.network.mask_branch = L(CoarseMask)(embed_dim="${..head.embed_dim}", mask_size=56)
 model.pyramid.network.trunk.out_features = ["res4"]
-# Twice the coarse mask's side.
+# Twice the side of the coarse mask.
 mapper.mask_size = 112
 
 train.init_checkpoint = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"

@@ -1,4 +1,4 @@
-"""Stage 1 of the small default: DeepMask on EfficientNet-Lite0 (configs/deepmask_lite0.yaml)."""
+"""Stage 1 of the small image-pyramid model: DeepMask on EfficientNet-Lite0 (configs/deepmask_lite0.yaml)."""
 
 import torch
 from detectron2.config import LazyCall as L
@@ -13,7 +13,8 @@ network.trunk = L(TimmTrunk)(
     name="tf_efficientnet_lite0",
     pretrained="package",
     norm="folded",
-    # Zeros are what the ImageNet weights know and twice as fast here; a wider context keeps the border away instead.
+    # The ImageNet weights were trained with zero padding, which is also twice as fast here. A wider context keeps windows away from the
+    # borders of patches.
     padding="zeros",
     out_features=["s16"],
     freeze_at=3,
@@ -29,7 +30,7 @@ network.resizing = "antialiased"
 model.score_loss_weight = 4.0
 
 mapper.context = 64
-# Twice the coarse mask's side.
+# Twice the side of the coarse mask.
 mapper.mask_size = 112
 mapper.color_jitter = 0.2
 mapper.sampler.shared_positives = True
@@ -52,5 +53,5 @@ train.checkpointer.period = 250
 train.eval_period = 0
 train.seed = 1
 train.output_dir = "output/lazy_deepmask_lite0"
-# What is left are the parts of a config.
+# LazyConfig must contain only the parts of a config.
 del network

@@ -1,4 +1,4 @@
-"""Stage 2 of the released SharpMask: train.init_checkpoint is the DeepMask that stage 1 made."""
+"""Stage 2 of the released SharpMask: train.init_checkpoint names the DeepMask model of stage 1."""
 
 from .common.base import dataloader, lr_multiplier, mapper, model, optimizer, train  # noqa: F401
 

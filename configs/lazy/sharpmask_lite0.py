@@ -1,4 +1,4 @@
-"""Stage 2 of the small default (configs/sharpmask_lite0.yaml): train.init_checkpoint is the DeepMask that stage 1 made."""
+"""Stage 2 of the small image-pyramid model (configs/sharpmask_lite0.yaml); train.init_checkpoint names the DeepMask model of stage 1."""
 
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec

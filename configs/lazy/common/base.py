@@ -1,6 +1,6 @@
-"""What the LazyConfig files share: the released SharpMask on ResNet-50, its data, and Detectron2's settings for training.
+"""Parts that all LazyConfig files share: the released SharpMask on ResNet-50, its data, and Detectron2's training settings.
 
-`mapper` and the window's size are set once and referred to from everywhere else. Values are explained in sharpmask_d2/config.py.
+`mapper` and the size of the windows are set once and referenced elsewhere. sharpmask_d2/config.py explains the values.
 """
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
@@ -37,7 +37,7 @@ mapper = L(PatchMapper)(
     flip=True,
     min_area=100.0,
     min_side=5.0,
-    # The loader sets them where it is to balance categories.
+    # The loader sets the weights if it balances categories.
     category_weights={},
     color_jitter=0.0,
 )
@@ -108,7 +108,7 @@ dataloader = {
     ),
     "test": L(build_detection_test_loader)(
         dataset=L(get_detection_dataset_dicts)(names="coco_2014_minival", filter_empty=False),
-        # Images keep their size: the pyramid's scales refer to it.
+        # Images are not resized, because the scales of the image pyramid refer to their original size.
         mapper=L(DatasetMapper)(is_train=False, augmentations=[], image_format="${mapper.image_format}"),
         num_workers=2,
     ),
@@ -122,9 +122,9 @@ optimizer = L(torch.optim.SGD)(
     weight_decay=0.0005,
 )
 
-# Of 300 epochs of 4000 batches; lr / 2 from epoch 51, lr / 10 from epoch 121.
+# 300 epochs of 4000 batches; lr / 2 from epoch 51, lr / 10 from epoch 121.
 lr_multiplier = L(WarmupParamScheduler)(
-    # The last milestone is the end; another train.max_iter stretches or shrinks them all.
+    # The last milestone is the end of the training. Another `train.max_iter` scales all milestones.
     scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.5, 0.1], milestones=[200000, 480000, 1200000]),
     warmup_factor=0.0,
     warmup_length=0.0,
@@ -134,7 +134,7 @@ train = {
     "output_dir": "./output",
     "init_checkpoint": "",
     "max_iter": 1200000,
-    # Detectron2's trainer for it needs CUDA; there, train.amp.enabled=True is faster.
+    # Detectron2's trainer with mixed precision requires CUDA. With CUDA, train.amp.enabled=True is faster.
     "amp": {"enabled": False},
     "ddp": {"broadcast_buffers": False, "find_unused_parameters": False, "fp16_compression": False},
     "checkpointer": {"period": 4000, "max_to_keep": 100},
