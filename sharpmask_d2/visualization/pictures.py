@@ -30,11 +30,13 @@ def write_picture(path: Path, pixels: np.ndarray) -> None:
 
     Raises:
         OutputError: the file cannot be written, for example because the disk is full.
-        UserError: the format cannot hold so many pixels; JPEG holds at most 65535 pixels per side.
+        UserError: the image is too large for the format; JPEG allows at most 65535 pixels per side.
     """
     done, content = cv2.imencode(Path(path).suffix, np.ascontiguousarray(pixels))
     if not done:
-        raise UserError(f"{path}: an image of {pixels.shape[1]} x {pixels.shape[0]} pixels cannot be written")
+        raise UserError(
+            f"{path}: an image of {pixels.shape[1]} x {pixels.shape[0]} pixels is too large for this format: use smaller images"
+        )
     write_output(path, content.tobytes())
 
 

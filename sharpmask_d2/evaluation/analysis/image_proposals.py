@@ -41,7 +41,7 @@ class ImageProposals(NamedTuple):
     ious: np.ndarray
     # (D, 4) XYXY in pixels of the original image: the window of each mask. None if the windows are unknown.
     windows: Optional[np.ndarray] = None
-    # G masks as compressed RLE, which a model decodes from the objects' true boxes. None if no model was asked.
+    # G masks as compressed RLE, which a model decoded from the objects' true boxes. None without such a model.
     masks_given_boxes: Optional[list[dict]] = None
 
 
