@@ -101,7 +101,7 @@ def _taps_of_both_outputs(weight: Tensor) -> Tensor:
 
 
 class Successor(nn.Conv2d):
-    """Takes the place of a convolution. Parameters keep the names they have there, so checkpoints fit."""
+    """Base of convolutions that take the place of another one. Parameters keep their names, so that checkpoints fit."""
 
     def __init__(self, conv: nn.Conv2d):
         """
@@ -122,9 +122,10 @@ class Successor(nn.Conv2d):
 
 
 class MirroredConv2d(Successor):
-    """A convolution whose padding mirrors the border; it takes the place of nn.Conv2d, Detectron2's Conv2d or timm's Conv2dSame.
+    """A convolution whose padding mirrors the border, as in the released code. It takes the place of nn.Conv2d, Detectron2's Conv2d or
+    timm's Conv2dSame.
 
-    "Same" padding, which depends on the input's size, becomes that of an input whose sides the stride divides.
+    "Same" padding, which depends on the size of the input, becomes the padding for inputs whose sides are multiples of the stride.
     """
 
     def __init__(self, conv: nn.Conv2d):
@@ -138,6 +139,7 @@ class MirroredConv2d(Successor):
         self.activation = getattr(conv, "activation", None)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C', H', W')."""
         x = mirror_pad(x, self.border)
         x = F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
         if self.norm is not None:
@@ -146,10 +148,10 @@ class MirroredConv2d(Successor):
 
 
 class EvenSameConv2d(Successor):
-    """A convolution of stride 2 with "same" padding, for maps of even sides; it takes the place of timm's Conv2dSame.
+    """A convolution of stride 2 with "same" padding, for maps with even sides. It takes the place of timm's Conv2dSame.
 
-    Such a map has one row and one column more of zeros behind it than before it. Here the kernel has them instead, before its first: it is
-    the same function, without a padded copy of the map.
+    "Same" padding adds one row and one column of zeros more after such a map than before it, which needs a padded copy of the map. Here the
+    kernel gets a first row and column of zeros instead, so that symmetric padding computes the same function.
     """
 
     @property
@@ -165,7 +167,14 @@ class EvenSameConv2d(Successor):
 
 
 def use_even_padding(module: nn.Module) -> nn.Module:
-    """Replace, in place, every Conv2dSame of stride 2 below `module`, whose maps have even sides. Returns `module`."""
+    """Replace, in place, every Conv2dSame of stride 2 below `module` by an `EvenSameConv2d`.
+
+    Args:
+        module: a network of timm whose images have sides that are multiples of its stride, so that all its maps have even sides.
+
+    Returns:
+        `module`.
+    """
     for name, child in module.named_children():
         if type(child).__name__ == "Conv2dSame" and child.stride == (2, 2) and child.dilation == (1, 1):
             setattr(module, name, EvenSameConv2d(child))
@@ -186,10 +195,16 @@ def _borders(conv: nn.Conv2d) -> tuple:
 
 
 def use_mirrored_padding(module: nn.Module) -> nn.Module:
-    """Replace, in place, every convolution below `module` that pads by one that mirrors its border. Returns `module`.
+    """Replace, in place, every convolution below `module` that has padding by one that mirrors the border.
+
+    Args:
+        module: any network.
+
+    Returns:
+        `module`.
 
     Raises:
-        ValueError: a convolution that pads is not a plain one (see `is_plain`); nothing is replaced then.
+        UserError: a convolution with padding is not a plain one (see `is_plain`); nothing is replaced then.
     """
     for name, child in module.named_modules():
         if _pads_a_kernel(child) and not is_plain(child):
@@ -210,7 +225,7 @@ def _mirror_borders(module: nn.Module) -> None:
 
 
 def _pads_a_kernel(module: nn.Module) -> bool:
-    """Whether it is a convolution of any class that continues its input beyond the border, and does not mirror it yet."""
+    """Whether it is a convolution of any class that has padding and does not mirror the border yet."""
     kind = type(module).__name__
     if "Conv2d" not in kind or not hasattr(module, "padding") or isinstance(module, MirroredConv2d):
         return False
@@ -220,9 +235,9 @@ def _pads_a_kernel(module: nn.Module) -> bool:
 
 
 def is_plain(conv) -> bool:
-    """Whether a module is a convolution that convolves with its own `weight` and pads with zeros, and does no more than its class says.
+    """Whether a module is a convolution of a known class that uses its own `weight` as it is and pads with zeros.
 
-    Subclasses of nn.Conv2d may do anything to the weight: timm's weight-standardised ones do.
+    Other subclasses of nn.Conv2d may change the weight: timm's weight-standardised ones do.
     """
     ours_or_known = type(conv) in (nn.Conv2d, Conv2d, MirroredConv2d, EvenSameConv2d)
     # timm's own, which need not be imported here.
@@ -246,14 +261,14 @@ class MergedNorm(nn.Module):
 
 
 def fold_batch_norm(module: nn.Module, *, leave: Collection = ()) -> nn.Module:
-    """Merge, in place, every batch norm below `module` into the convolution before it: the same function in evaluation, cheaper.
+    """Merge, in place, every batch norm below `module` into the convolution before it, which leaves the function in evaluation unchanged.
 
     A batch norm belongs to a plain convolution (see `is_plain`) that holds it as `norm` (Detectron2) or that comes right before it among
     the children of the same module with as many channels (timm, torchvision). An activation that the batch norm carries is kept.
 
     Args:
-        module: anything. Batch norms that a module below it lists as `separate_norms` stay as they are.
-        leave: more batch norms that stay as they are.
+        module: any network. Batch norms that a module below it lists as `separate_norms` stay as they are.
+        leave: further batch norms that stay as they are; default: none.
 
     Returns:
         `module`.
@@ -298,15 +313,15 @@ def _is_batch_norm(module) -> bool:
 
 
 def find_separate_norms(module: nn.Module, image: Tensor) -> tuple:
-    """The batch norms that `fold_batch_norm` would merge by their place, but must not: they do not read the convolution's output, or
-    something else reads it as well, or `module` returns it.
+    """Find batch norms that `fold_batch_norm` would merge because of their position but must not: those that do not read the convolution's
+    output, or do not read it alone, because another layer reads it or `module` returns it.
 
     Args:
-        module: runs once on `image`, in evaluation; it returns a list of tensors, or a dict of them.
-        image: anything that `module` takes.
+        module: runs once on `image`, in evaluation mode; it returns a list or a dict of tensors.
+        image: any input of `module`.
 
     Returns:
-        a set of names of batch norms below `module`; and what `module` returned.
+        set of names of batch norms below `module`; and what `module` returned.
     """
     readers = _Readers()
     handles = []
