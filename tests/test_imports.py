@@ -75,7 +75,3 @@ def test_models_import_neither_training_nor_inference(lower):
         reached |= new
         waiting += new
     assert not reached & {"engine", "inference", "evaluation", "cli"}
-
-
-def test_command_line_help_does_not_load_torch():
-    pytest.skip("set by the console command")

@@ -1,1 +1,1 @@
-"""The console command `sharpmask`."""
+"""The subcommands of the console command `sharpmask`, one module each; `sharpmask_command.py` beside this package starts them."""

@@ -1,4 +1,4 @@
-"""What all command lines of this package have in common: how they end, and options that several of them have."""
+"""What the command lines of this package have in common: how they end, and the options that several of them have."""
 
 import argparse
 import os
@@ -9,18 +9,19 @@ from typing import Optional
 import torch
 
 from ..errors import UserError
+from ..inference.preparation import DTYPES
 
 _INTERRUPTED = 130
 
 
-def run(main: Callable) -> None:
-    """Run a command line to its end; exit with its status unless that is 0.
+def run(main: Callable[[], Optional[int]]) -> None:
+    """Runs a command line, and exits with its status unless that is 0.
 
-    What the user can mend, or has done, ends in one line on stderr: a UserError, anything that the operating system refuses (OSError), a
-    training that diverges (FloatingPointError) with status 2, Ctrl-C with 130. Every other exception is a bug and keeps its traceback.
+    What the user can correct ends in one line on stderr and status 2: a `UserError`, an `OSError` (what the operating system refuses), and
+    a `FloatingPointError` (a training that diverges). Ctrl-C ends in status 130. Every other exception is a bug and keeps its traceback.
 
     Args:
-        main: without arguments; returns the exit status, None for 0.
+        main: takes no arguments; returns the exit status, None for 0.
     """
     try:
         status = main()
@@ -28,7 +29,7 @@ def run(main: Callable) -> None:
         print("stopped", file=sys.stderr)
         status = _INTERRUPTED
     except BrokenPipeError:
-        # Who read the output, such as `head`, has seen enough. Python would complain again when it flushes at exit.
+        # The reader of the output, such as `head`, has ended. Without this, Python would report it again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (UserError, OSError, FloatingPointError) as error:
@@ -41,27 +42,83 @@ def run(main: Callable) -> None:
 def _in_one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "Original Traceback" in str(error):
-        # From a process that loads data: torch appends the traceback there, which ends in the type and the message.
+        # An error in a process that loads data: torch appends its traceback, which ends in the type and the message.
         return lines[-1].partition(": ")[2]
     return " ".join(line.strip() for line in lines)
 
 
 def positive(text: str) -> int:
-    """Type of an option: a whole number that is 1 or more."""
+    """Reads the value of an option that has to be a whole number of 1 or more."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
     return value
 
 
-def add_threads_option(parser: argparse.ArgumentParser) -> None:
-    """Give a command the option `--threads`, for `set_threads`."""
+def make_parser(name: str, doc: Optional[str]) -> argparse.ArgumentParser:
+    """Makes the parser of a subcommand.
+
+    Args:
+        name: of the subcommand.
+        doc: docstring of its module: one line, and below it examples and explanations for `--help`.
+    """
+    return argparse.ArgumentParser(
+        prog=f"sharpmask {name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, default: str, kind: str = "model") -> None:
+    """Adds the options that choose a model: `--model`, `--config-file`, `--weights`, and changes to the config at the end of the line.
+
+    Args:
+        parser: it has to parse with `parse_intermixed_args`, since the changes may stand anywhere.
+        default: name of the packaged model that `--model` has by default.
+        kind: noun for the help texts.
+    """
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=default, metavar="NAME", help=f"packaged {kind}; default: %(default)s")
+    group.add_argument("--config-file", metavar="YAML", help=f"config file, instead of a packaged {kind}")
+    group.add_argument("--weights", metavar="PTH", help="checkpoint, instead of the config's MODEL.WEIGHTS")
+    group.add_argument(
+        "opts",
+        nargs="*",
+        metavar="KEY VALUE",
+        help="changes to the config, such as MODEL.DEVICE cpu; sharpmask_d2/config.py explains every key",
+    )
+
+
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--dtype`, which `ProposalPredictor` takes."""
     parser.add_argument(
-        "--threads", type=positive, help="threads of the network; default: OMP_NUM_THREADS, or one a core"
+        "--dtype", default="float32", choices=DTYPES, help="number format of the network; default: %(default)s"
+    )
+
+
+def add_pkl_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options for Detectron2's precomputed proposals: `--pkl` and `--pkl-masks`."""
+    parser.add_argument("--pkl", metavar="FILE", help="pickle of Detectron2's precomputed proposals to write, too")
+    parser.add_argument(
+        "--pkl-masks",
+        action="store_true",
+        help="store the masks in the pickle, for detectors that give detections the masks of their proposals",
+    )
+
+
+def add_threads_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--threads`, for `set_threads`."""
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="number of CPU threads of the network; default: OMP_NUM_THREADS, or one per core",
     )
 
 
 def set_threads(threads: Optional[int]) -> None:
-    """Limit the threads of the network in this process; None leaves torch its own choice."""
+    """Limits the CPU threads of the network in this process.
+
+    Args:
+        threads: number of threads; None keeps the number that torch has chosen.
+    """
     if threads:
         torch.set_num_threads(threads)

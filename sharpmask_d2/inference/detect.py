@@ -1,11 +1,12 @@
-"""Detections of many images: what tools/demo.py does."""
+"""Detections of many images, written as COCO results and as pictures."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Union
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.visualizer import Visualizer
@@ -18,37 +19,43 @@ from ..io.outputs import check_outputs
 from ..io.proposal_files import ProposalWriter
 from ..model_zoo import DEFAULT_DETECTOR
 from .caching import keep_between_images
+from .configuration import build_config
+from .image_files import InputImage, list_inputs, process_images
 from .predictor import DetectionPredictor
-from .propose import InputImage, build_config, list_inputs, process_images
 
 
-def dataset_metadata(name: str):
-    """Metadata of a registered dataset, with its class names.
+def dataset_metadata(name: str) -> Metadata:
+    """Returns the metadata of a dataset, with its class names in `thing_classes`.
+
+    Args:
+        name: of a registered dataset.
 
     Raises:
-        ValueError: no such dataset.
+        UserError: the dataset is not registered, or has no class names.
     """
     metadata = MetadataCatalog.get(name)
     if not metadata.get("thing_classes") and name in DatasetCatalog.list():
-        # Datasets in COCO format learn their classes when they are read.
+        # The classes of a dataset in COCO format are known once it has been read.
         DatasetCatalog.get(name)
     if not metadata.get("thing_classes"):
         raise UserError(f"DATASETS.TRAIN: the classes of {name!r} are not known: register it with --dataset")
     return metadata
 
 
-def detection_results(instances: Instances, image_id, metadata, **extra) -> list:
-    """Detections as COCO results.
+def detection_results(
+    instances: Instances, image_id: Union[int, str], metadata: Metadata, **extra: Any
+) -> list[dict[str, Any]]:
+    """Turns the detections of an image into COCO results.
 
     Args:
-        instances: in the frame of the image, on the CPU.
-        image_id: of the results.
+        instances: pred_boxes, scores, pred_classes and, optionally, pred_masks in the frame of the image, on the CPU.
+        image_id: id of the image in the results.
         metadata: of the dataset that the detector was trained on.
         extra: more entries for every result.
 
     Returns:
-        list of dicts: image_id, category_id as in the dataset, category_name, bbox (x, y, width, height), score and, if there are masks,
-        segmentation (compressed RLE as text).
+        One dict per detection: image_id, category_id as in the dataset, category_name, bbox (x, y, width, height in pixels of the image),
+        score and, if there are masks, segmentation (compressed RLE as text).
     """
     category_ids = {v: k for k, v in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
     results = []
@@ -63,16 +70,18 @@ def detection_results(instances: Instances, image_id, metadata, **extra) -> list
     return results
 
 
-def instances_of_results(results: list, image_size: tuple, metadata) -> Instances:
-    """What `detection_results` wrote, as instances.
+def instances_of_results(
+    results: Sequence[dict[str, Any]], image_size: tuple[int, int], metadata: Metadata
+) -> Instances:
+    """Turns COCO results that `detection_results` made back into detections.
 
     Args:
-        results: of one image.
-        image_size: (H, W).
+        results: those of one image.
+        image_size: (H, W) of the image.
         metadata: of the dataset that the detector was trained on.
 
     Returns:
-        Instances with pred_boxes, scores, pred_classes and, if there are masks, pred_masks (N, H, W) bool.
+        `Instances` with pred_boxes, scores, pred_classes and, if all results have a mask, pred_masks (N, H, W) bool.
     """
     numbers = metadata.get("thing_dataset_id_to_contiguous_id", {})
     instances = Instances(tuple(image_size))
@@ -87,16 +96,16 @@ def instances_of_results(results: list, image_size: tuple, metadata) -> Instance
     return instances
 
 
-def draw_detections(image: np.ndarray, instances: Instances, metadata) -> np.ndarray:
-    """Masks, boxes, class names and scores over an image, by Detectron2's Visualizer.
+def draw_detections(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
+    """Draws masks, boxes, class names and scores over an image, with Detectron2's Visualizer.
 
     Args:
         image: (H, W, 3) uint8, BGR.
-        instances: in the frame of the image, on the CPU.
-        metadata: with thing_classes.
+        instances: detections in the frame of the image, on the CPU.
+        metadata: its `thing_classes` are the class names.
 
     Returns:
-        (H, W, 3) uint8, BGR.
+        (H, W, 3) uint8, BGR; a new array.
     """
     picture = Visualizer(image[:, :, ::-1], metadata).draw_instance_predictions(instances)
     return picture.get_image()[:, :, ::-1]
@@ -104,41 +113,43 @@ def draw_detections(image: np.ndarray, instances: Instances, metadata) -> np.nda
 
 def detect(
     *,
-    input: list,
+    input: Sequence[str],
     output: str,
-    model: str = DEFAULT_DETECTOR,
-    config_file: Optional[str] = None,
-    weights: Optional[str] = None,
     score_threshold: float = 0.3,
-    opts: tuple = (),
+    model: str = DEFAULT_DETECTOR,
+    **config: Any,
 ) -> int:
-    """Detect objects in images and write detections.json and a picture of each image; see tools/demo.py.
+    """Detects objects in images, and writes detections.json and one picture per image.
+
+    A run that was stopped resumes when it is started again with equal settings.
 
     Args:
-        input: files and folders.
+        input: image files and folders.
         output: folder to write to.
-        model, config_file, weights, opts: see `compute.build_config`.
-        score_threshold: pictures show detections that reach it; the JSON has all.
+        score_threshold: lowest score of the detections that pictures show, in 0..1; the JSON file holds all detections.
+        model: see `build_config`.
+        config: see `build_config`.
 
     Returns:
-        exit status: 1 if an image could not be done, else 0.
+        Exit status: 1 if an image failed, else 0.
 
     Raises:
-        FileNotFoundError: an input that does not exist.
+        FileNotFoundError: an input does not exist.
         OutputError: see `check_outputs` and `ProposalWriter`.
+        UserError: see `build_config` and `DetectionPredictor`.
     """
     keep_between_images()
     images = list_inputs(input)
-    cfg = build_config(model=model, config_file=config_file, weights=weights, opts=opts)
+    cfg = build_config(model, **config)
     if not cfg.DATASETS.TRAIN:
         raise UserError(
-            "DATASETS.TRAIN is empty: it names the data set whose classes the detector knows; choose a detector"
+            "DATASETS.TRAIN is empty: it has to name the dataset whose classes the model detects; choose a detector"
         )
     metadata = dataset_metadata(cfg.DATASETS.TRAIN[0])
     folder = Path(output)
     check_outputs(
         {"--output": folder / "detections.json"},
-        inputs=[config_file, cfg.MODEL.WEIGHTS],
+        inputs=[config.get("config_file"), cfg.MODEL.WEIGHTS],
         folders={"--output": folder},
         images=[*input, *(image.path for image in images)],
     )
@@ -149,11 +160,11 @@ def detect(
         "version": __version__,
     }
 
-    def work(image: InputImage, pixels: np.ndarray) -> list:
+    def work(image: InputImage, pixels: np.ndarray) -> list[dict[str, Any]]:
         instances = predictor(pixels).to("cpu")
         return detection_results(instances, image.image_id, metadata, **image.extra)
 
-    def draw(pixels: np.ndarray, results: list) -> np.ndarray:
+    def draw(pixels: np.ndarray, results: list[dict[str, Any]]) -> np.ndarray:
         shown = [result for result in results if result["score"] >= score_threshold]
         return draw_detections(pixels, instances_of_results(shown, pixels.shape[:2], metadata), metadata)
 

@@ -13,7 +13,7 @@ import torch
 from drawing import ROOT
 from sharpmask_d2.checkpoint import read_checkpoint
 from sharpmask_d2.errors import UserError
-from sharpmask_d2.inference.propose import build_config
+from sharpmask_d2.inference.configuration import build_config
 
 
 class _Touch:

@@ -51,7 +51,10 @@ def run_tool(monkeypatch, name: str, arguments: str) -> None:
     # The tool sets it where it is not set.
     monkeypatch.setenv("GOMP_SPINCOUNT", os.environ.get("GOMP_SPINCOUNT", "1000"))
     monkeypatch.setattr(sys, "argv", [name, *arguments.split()])
-    runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+    if name == "benchmarks":
+        runpy.run_module(name, run_name="__main__")
+    else:
+        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
 
 
 COMPUTE = "--input photos --output o.json --config-file model.yaml MODEL.DEVICE cpu"
@@ -93,17 +96,17 @@ DEEPMASK = f"--config-file {ROOT / 'configs' / 'deepmask_lite0.yaml'}"
         ("package_model", "a.jpg --output o.pth", "a.jpg cannot be read as a checkpoint"),
         ("package_model", "none.pth --output o.pth", "none.pth"),
         ("package_model", "other.pth --output o.pth", "other.pth is not a checkpoint of Detectron2"),
-        ("benchmark", "proposals --config-file notes.txt", "notes.txt, line 1 is no yaml"),
-        ("benchmark", "proposals --model deepmask_lite0 NONSENSE 1", "Non-existent key: NONSENSE"),
-        ("benchmark", "detector --weights a.jpg MODEL.DEVICE cpu", "a.jpg cannot be read as a checkpoint"),
-        ("benchmark", "training --config-file model.yaml --repeat 0", "--repeat: 0 is less than 1"),
+        ("benchmarks", "proposals --config-file notes.txt", "notes.txt, line 1 is no yaml"),
+        ("benchmarks", "proposals --model deepmask_lite0 NONSENSE 1", "Non-existent key: NONSENSE"),
+        ("benchmarks", "detector --weights a.jpg MODEL.DEVICE cpu", "a.jpg cannot be read as a checkpoint"),
+        ("benchmarks", "training --config-file model.yaml --repeat 0", "--repeat: 0 is less than 1"),
         ("convert_proposals", "--input other.json --output o.json --num-proposals=-1", "-1 is less than 1"),
         ("selective_search", "--annotations other.json --image-root photos --output o.json", "other.json"),
     ],
 )
 def test_what_a_user_can_mend_ends_in_one_line(files, monkeypatch, capsys, tool, arguments, message):
     with pytest.raises(SystemExit) as ended:
-        run_tool(monkeypatch, f"{tool}.py", arguments)
+        run_tool(monkeypatch, tool, arguments)
     assert ended.value.code == 2
     *usage, line = capsys.readouterr().err.splitlines()
     assert message in line
@@ -127,7 +130,7 @@ def test_what_a_user_can_mend_ends_in_one_line(files, monkeypatch, capsys, tool,
 )
 def test_what_is_no_config_is_named(files, monkeypatch, capsys, name, message):
     with pytest.raises(SystemExit) as ended:
-        run_tool(monkeypatch, "compute_proposals.py", f"--input photos --output o.json --config-file {name}")
+        run_tool(monkeypatch, "compute_proposals", f"--input photos --output o.json --config-file {name}")
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
@@ -177,7 +180,7 @@ def test_the_status_of_a_tool_is_its_own():
 def test_threads_are_limited(files, monkeypatch):
     before = torch.get_num_threads()
     try:
-        run_tool(monkeypatch, "compute_proposals.py", f"{COMPUTE} --threads 3")
+        run_tool(monkeypatch, "compute_proposals", f"{COMPUTE} --threads 3")
         assert torch.get_num_threads() == 3
         set_threads(None)
         assert torch.get_num_threads() == 3

@@ -16,7 +16,7 @@ from pycocotools import mask as mask_util
 from sharpmask_d2.data import coco, register_datasets
 from sharpmask_d2.data.coco import AnnotationError, load_annotations, load_images
 from sharpmask_d2.data.objects import read_objects
-from sharpmask_d2.inference.propose import list_annotated
+from sharpmask_d2.inference.image_files import list_annotated
 from sharpmask_d2.structures.coco_masks import MaskError, check_masks, count_pixels, to_rle
 from sharpmask_d2.torch7.published_proposals import convert_proposals
 from torch7_writer import dumps

@@ -186,7 +186,7 @@ def test_broken_results_end_in_one_line(files, monkeypatch, capsys, change, mess
     proposals.write_text(json.dumps(results))
     with pytest.raises(SystemExit) as stopped:
         run_tool(monkeypatch, "--annotations", dataset.annotations, "--proposals", proposals)
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
 

@@ -6,12 +6,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from sharpmask_d2.cli.analyze import analyze_proposals, box_decoder
+from sharpmask_d2.cli.analyze import analyze_proposals
 from sharpmask_d2.data.coco import load_annotations
 from sharpmask_d2.evaluation.analysis.image_proposals import ImageProposals, image_objects
 from sharpmask_d2.evaluation.analysis.masks_given_boxes import MasksGivenBoxes, decode_boxes, iou_in_box
+from sharpmask_d2.inference.configuration import build_config
+from sharpmask_d2.inference.given_boxes import box_decoder
 from sharpmask_d2.inference.predictor import ProposalPredictor
-from sharpmask_d2.inference.propose import build_config
 from sharpmask_d2.structures import WindowMasks
 
 SMALL = ("MODEL.SHARPMASK.TEST.NUM_PROPOSALS", "20", "INPUT.MIN_SIZE_TEST", "96")

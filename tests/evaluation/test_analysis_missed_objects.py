@@ -28,8 +28,8 @@ from sharpmask_d2.evaluation.analysis.missed_objects import (
 from sharpmask_d2.evaluation.analysis.model_proposals import images_of_model, window_rule
 from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json
 from sharpmask_d2.evaluation.recall import IOU_THRESHOLDS, match_ranks
+from sharpmask_d2.inference.configuration import build_config
 from sharpmask_d2.inference.predictor import ProposalPredictor, load_model
-from sharpmask_d2.inference.propose import build_config
 from sharpmask_d2.structures import WindowMasks
 from sharpmask_d2.windows.geometry import square_windows
 from sharpmask_d2.windows.labels import label_rule, label_windows
@@ -254,5 +254,5 @@ def test_the_tool_names_a_missing_image(tmp_path, make_dataset, monkeypatch, cap
     (dataset.image_root / "1.png").unlink()
     with pytest.raises(SystemExit) as stopped:
         run_tool(monkeypatch, "--annotations", dataset.annotations, "--image-root", dataset.image_root)
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     assert "1.png" in capsys.readouterr().err

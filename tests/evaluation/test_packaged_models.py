@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 import pytest
 from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json
+from sharpmask_d2.inference.configuration import build_config
 from sharpmask_d2.inference.predictor import ProposalPredictor
-from sharpmask_d2.inference.propose import build_config
 
 SIZE = (160, 240)
 

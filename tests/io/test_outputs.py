@@ -23,7 +23,7 @@ from sharpmask_d2.checkpoint import save_packed
 from sharpmask_d2.evaluation.proposal_evaluation import write_json
 from sharpmask_d2.inference import detect
 from sharpmask_d2.inference import propose as compute
-from sharpmask_d2.inference.propose import InputImage, list_inputs, process_images
+from sharpmask_d2.inference.image_files import InputImage, list_inputs, process_images
 from sharpmask_d2.io import outputs
 from sharpmask_d2.io.outputs import OutputError, check_outputs, open_locked, open_output, write_output
 from sharpmask_d2.io.proposal_files import ProposalWriter, write_pickle
@@ -361,7 +361,7 @@ import sys, time, types
 from pathlib import Path
 # Without what the package imports when it starts.
 sys.modules["sharpmask_d2"] = types.ModuleType("sharpmask_d2")
-sys.modules["sharpmask_d2"].__path__ = [{str(Path(outputs.__file__).parents[1])!r}]
+sys.modules["sharpmask_d2"].__path__ = [{str(Path(outputs.__file__).parent.parent)!r}]
 from sharpmask_d2.io.outputs import open_locked
 file = open_locked(Path({str(tmp_path / "a")!r}))
 print("locked", flush=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
-from sharpmask_d2.inference.propose import build_config
+from sharpmask_d2.inference.configuration import build_config
 from sharpmask_d2.modeling.image_pyramid.levels import pyramid_levels
 from sharpmask_d2.torch7.conversion import convert_torch7, save_torch7_model
 from torch.nn.functional import interpolate

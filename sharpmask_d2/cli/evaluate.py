@@ -1,0 +1,67 @@
+"""Prints the average recall (AR) of proposals on an annotated dataset.
+
+    sharpmask evaluate --annotations instances.json --proposals proposals.json
+
+It prints the AR of masks and of boxes at 10, 100 and 1000 proposals per image, its area under the curve (AUC), and the recall by object
+size and by IoU. Classes are ignored. Results without a segmentation are evaluated as boxes only.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+from ..data.coco import load_annotations
+from ..data.failed_images import FailedImages
+from ..evaluation.proposal_evaluation import evaluate_proposal_json, format_table, load_json, write_json
+from ..io.outputs import check_outputs
+from ..visualization import write_extremes
+from .command import make_parser
+
+
+def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    parser = make_parser("evaluate", __doc__)
+    parser.add_argument("--annotations", required=True, metavar="JSON", help="COCO annotation file")
+    parser.add_argument("--proposals", required=True, metavar="JSON", help="COCO result file")
+    parser.add_argument(
+        "--output", metavar="JSON", help="file to write the metrics to; a metric without any object is null"
+    )
+    parser.add_argument(
+        "--pictures", metavar="DIR", help="folder for pictures of the best and the worst images; needs --image-root"
+    )
+    parser.add_argument("--image-root", metavar="DIR", help="folder of the images")
+    args = parser.parse_args(argv)
+    if args.pictures and not args.image_root:
+        parser.error("--pictures needs --image-root")
+    return args
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Runs `sharpmask evaluate`.
+
+    Args:
+        argv: arguments behind the subcommand; None reads them from the command line.
+
+    Returns:
+        Exit status: 1 if a picture could not be drawn, else 0.
+    """
+    args = _parse_args(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    coco = load_annotations(args.annotations)
+    check_outputs(
+        {"--output": args.output},
+        inputs=[args.annotations, args.proposals],
+        folders={"--pictures": args.pictures},
+        images=[Path(args.image_root) / image["file_name"] for image in coco.imgs.values()] if args.pictures else [],
+    )
+    metrics = evaluate_proposal_json(coco, args.proposals)
+    print(format_table(metrics))
+    if args.output:
+        write_json(metrics, args.output)
+    if not args.pictures:
+        return 0
+    failed = FailedImages()
+    results = load_json(args.proposals)
+    print("\n".join(write_extremes(coco, results, args.image_root, args.pictures, failed=failed)))
+    return failed.status()
