@@ -119,7 +119,7 @@ def setup(config_file: str, opts: list):
     cfg.INPUT.FORMAT = "RGB"
     if config_file:
         merge_file(cfg, config_file)
-    cfg.MODEL.DEVICE = model_zoo.device()
+    cfg.MODEL.DEVICE = model_zoo.default_device()
     merge_options(cfg, opts)
     return cfg
 
@@ -190,7 +190,7 @@ def benchmark_detector(args: argparse.Namespace) -> dict:
 
 def read_configs(args: argparse.Namespace) -> list:
     """(name, config) of each model that makes proposals alone."""
-    configs = [(name, merged(model_zoo.get(name), args.opts)) for name in args.model]
+    configs = [(name, merged(model_zoo.get_config(name), args.opts)) for name in args.model]
     for path in args.config_file:
         configs.append((Path(path).stem, without_weights(setup(path, args.opts))))
     if others := [name for name, cfg in configs if cfg.MODEL.META_ARCHITECTURE not in ALONE]:

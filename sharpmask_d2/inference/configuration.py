@@ -26,16 +26,16 @@ def build_config(
         opts: KEY, VALUE, KEY, VALUE, ...; applied last.
 
     Returns:
-        A frozen config whose MODEL.DEVICE is `model_zoo.device()` unless `opts` set it.
+        A frozen config whose MODEL.DEVICE is `model_zoo.default_device()` unless `opts` set it.
 
     Raises:
         UserError: there is no such model, file or key, or a value has the wrong type; the message names it.
     """
     if config_file:
         cfg = read_config(config_file)
-        cfg.MODEL.DEVICE = model_zoo.device()
+        cfg.MODEL.DEVICE = model_zoo.default_device()
     else:
-        cfg = model_zoo.get(model)
+        cfg = model_zoo.get_config(model)
     if weights is not None:
         cfg.MODEL.WEIGHTS = weights
     if num_proposals is not None:

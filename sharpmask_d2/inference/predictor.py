@@ -4,7 +4,7 @@ Shape letters: H W image.
 """
 
 from pathlib import Path
-from typing import Union
+from typing import Optional, Union
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from PIL.Image import Image
 
+from .. import model_zoo
 from ..checkpoint import StrictCheckpointer
 from ..config import check_device
 from ..data.images import to_pixels
@@ -29,20 +30,22 @@ AnyImage = Union[np.ndarray, str, Path, Image]
 class ProposalPredictor:
     """Segment proposals of single images.
 
-    predictor = ProposalPredictor(model_zoo.get("sharpmask_bifpn_lite0"))
+    predictor = ProposalPredictor()
     proposals = predictor(cv2.imread("photograph.jpg"))
     """
 
-    def __init__(self, cfg: CfgNode, *, dtype: str = "float32", compiled: bool = False):
+    def __init__(self, cfg: Optional[CfgNode] = None, *, dtype: str = "float32", compiled: bool = False):
         """
         Args:
-            cfg: a config of the stand-alone network; MODEL.WEIGHTS is loaded, or weights stay random where it is empty.
+            cfg: a config of the stand-alone network; MODEL.WEIGHTS is loaded, or weights stay random where it is empty. None takes the
+                packaged model `model_zoo.DEFAULT`.
             dtype: "float32", or "bfloat16" where the hardware has it: faster, and a little less exact.
             compiled: see `modeling.inference.prepare_for_inference`.
 
         Raises:
             ValueError: another architecture or dtype, or weights that lack parameters of the model; the message names them.
         """
+        cfg = model_zoo.get_config(model_zoo.DEFAULT) if cfg is None else cfg
         if cfg.MODEL.META_ARCHITECTURE not in ALONE:
             raise UserError(
                 f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: a predictor of proposals needs one of {ALONE}"
@@ -87,18 +90,20 @@ class ProposalPredictor:
 class DetectionPredictor:
     """Detections of single images, by a detector that makes its own proposals.
 
-    detector = DetectionPredictor(model_zoo.get("multipath_bifpn_lite0"))
+    detector = DetectionPredictor()
     instances = detector(cv2.imread("photograph.jpg"))
     """
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: Optional[CfgNode] = None):
         """
         Args:
-            cfg: a config of a detector with online proposals; MODEL.WEIGHTS is loaded, or weights stay random where it is empty.
+            cfg: a config of a detector with online proposals; MODEL.WEIGHTS is loaded, or weights stay random where it is empty. None
+                takes the packaged detector `model_zoo.DEFAULT_DETECTOR`.
 
         Raises:
             ValueError: no detector, a detector that waits for precomputed proposals, or weights that lack parameters.
         """
+        cfg = model_zoo.get_config(model_zoo.DEFAULT_DETECTOR) if cfg is None else cfg
         if cfg.MODEL.META_ARCHITECTURE in ALONE:
             raise UserError(
                 f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, which only makes proposals: a detector is needed"

@@ -74,7 +74,7 @@ def test_time_of_a_part_belongs_to_its_stage(tiny_cfg, hands, stage):
 
 @pytest.mark.parametrize("pyramid", ["image", "feature"])
 def test_a_measured_model_is_as_it_was(tiny_cfg, pyramid):
-    cfg = tiny_cfg if pyramid == "image" else model_zoo.get("sharpmask_bifpn_lite0")
+    cfg = tiny_cfg if pyramid == "image" else model_zoo.get_config("sharpmask_bifpn_lite0")
     cfg.MODEL.DEVICE = "cpu"
     model = Trainer.build_model(cfg).eval()
     before = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -101,7 +101,7 @@ def test_operations_are_two_for_each_multiply_add():
 
 @pytest.mark.parametrize("name", ["deepmask_lite0", "sharpmask_bifpn_lite0"])
 def test_operations_of_packaged_models_are_counted(name):
-    cfg = model_zoo.get(name)
+    cfg = model_zoo.get_config(name)
     cfg.MODEL.DEVICE = "cpu"
     model = Trainer.build_model(cfg).eval()
     counted = [count_operations(model, [{"image": torch.zeros(3, *size)}]) for size in ((64, 64), (192, 192))]

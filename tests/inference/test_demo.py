@@ -111,7 +111,7 @@ def test_the_packaged_detector_finds_the_astronaut():
     pytest.importorskip("skimage", reason="needs the photographs of scikit-image")
     from skimage.data import astronaut
 
-    cfg = model_zoo.get(model_zoo.DEFAULT_DETECTOR)
+    cfg = model_zoo.get_config(model_zoo.DEFAULT_DETECTOR)
     cfg.MODEL.DEVICE = "cpu"
     instances = DetectionPredictor(cfg)(astronaut()[:, :, ::-1])
     names = detect.dataset_metadata("coco_2017_train").thing_classes
@@ -139,7 +139,7 @@ def test_predictor_refuses_what_it_cannot_run(detector_cfg, config_file):
     with pytest.raises(ValueError, match="LOAD_PROPOSALS"):
         DetectionPredictor(detector_cfg)
     with pytest.raises(ValueError, match="a detector is needed"):
-        DetectionPredictor(model_zoo.get("sharpmask_lite0"))
+        DetectionPredictor(model_zoo.get_config("sharpmask_lite0"))
 
 
 def test_weights_of_another_model_are_refused(detector_cfg, config_file):

@@ -254,7 +254,7 @@ def test_results_carry_the_exact_masks(tiny_cfg):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["deepmask_lite0", "sharpmask_lite0", "sharpmask_bifpn_lite0"])
 def test_packaged_models_run(name, dtype):
-    cfg = model_zoo.get(name)
+    cfg = model_zoo.get_config(name)
     cfg.MODEL.DEVICE = "cpu"
     # The disc is 80 pixels wide, near the 92 that are canonical at scale 1.
     cfg.MODEL.SHARPMASK.TEST.SCALES = [0.0]
@@ -271,7 +271,7 @@ def test_packaged_models_run(name, dtype):
 
 def test_unknown_models_are_answered_with_those_there_are():
     with pytest.raises(UserError, match="sharpmask_lite0"):
-        model_zoo.get("sharpmask_lite1")
+        model_zoo.get_config("sharpmask_lite1")
 
 
 @pytest.mark.parametrize(

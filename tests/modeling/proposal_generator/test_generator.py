@@ -192,7 +192,7 @@ def test_frozen_it_neither_learns_nor_leaves_evaluation(cfg):
 
 
 def test_packaged_weights_give_the_packaged_model_s_proposals(tmp_path):
-    cfg = model_zoo.get("sharpmask_lite0")
+    cfg = model_zoo.get_config("sharpmask_lite0")
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.SHARPMASK.TEST.SCALES = [0.0]
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [100.0, 110.0, 120.0], [50.0, 60.0, 70.0]
