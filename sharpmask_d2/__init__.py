@@ -6,5 +6,5 @@ from . import (
 )
 from .config import add_sharpmask_config
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["add_sharpmask_config"]
