@@ -11,13 +11,13 @@ PHOTOGRAPHS = $$($(BIN)/python -c "import os, skimage; \
 	if os.path.exists(os.path.join(os.path.dirname(skimage.__file__), 'data', n))))")
 INPUT ?= $(PHOTOGRAPHS)
 
-.PHONY: demo test docs lint format clean
+.PHONY: demo test docs lint types format clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python tools/compute_proposals.py --input $(INPUT) --output $(OUTPUT)/proposals.json --visualize $(OUTPUT)/proposals
-	$(BIN)/python tools/demo.py --input $(INPUT) --output $(OUTPUT)
+	$(BIN)/sharpmask propose --input $(INPUT) --output $(OUTPUT)/proposals.json --visualize $(OUTPUT)/proposals
+	$(BIN)/sharpmask detect --input $(INPUT) --output $(OUTPUT)
 
-test: $(VENV)/.installed lint
+test: $(VENV)/.installed lint types
 	$(BIN)/python -m pytest
 
 docs: $(VENV)/docs/.installed
@@ -26,6 +26,9 @@ docs: $(VENV)/docs/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed $(VENV)/types/.installed
+	$(VENV)/types/bin/mypy --python-executable $(BIN)/python
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
@@ -36,7 +39,7 @@ clean:
 
 # PyPI's Detectron2 0.6 comes without its C++ sources, so its Python part is built alone. Its model zoo imports pkg_resources, which
 # setuptools has up to 80: see constraints.txt.
-$(VENV)/.installed: Makefile setup.py constraints.txt
+$(VENV)/.installed: Makefile pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch torchvision setuptools wheel
 	$(PIP) install -c constraints.txt --no-build-isolation --use-pep517 --config-settings="--global-option=build_py" \
@@ -52,4 +55,10 @@ DOCS = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["projec
 $(VENV)/docs/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)/docs
 	$(VENV)/docs/bin/pip --disable-pip-version-check -q install $$($(PYTHON) -c '$(DOCS)')
+	touch $@
+
+# mypy has an environment of its own: it needs pathspec 1, while the black that PyPI's Detectron2 requires needs pathspec 0.
+$(VENV)/types/.installed: Makefile
+	$(PYTHON) -m venv $(VENV)/types
+	$(VENV)/types/bin/pip --disable-pip-version-check -q install mypy==2.4.1
 	touch $@

@@ -168,7 +168,7 @@ def detect(
         shown = [result for result in results if result["score"] >= score_threshold]
         return draw_detections(pixels, instances_of_results(shown, pixels.shape[:2], metadata), metadata)
 
-    with ProposalWriter(folder / "detections.json", settings) as writer:
+    with ProposalWriter(str(folder / "detections.json"), settings) as writer:
         predictor = DetectionPredictor(cfg)
         finished, failed = process_images(images, writer, work, desc="detections", draw=draw, pictures=output)
         count = writer.finish(images=finished, keep_partial=len(failed) > 0)

@@ -6,7 +6,7 @@ Shape letters:
 """
 
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ def box_decoder(predictor: ProposalPredictor) -> Optional[Callable[[np.ndarray, 
     """
     if not isinstance(predictor.model, SegmentProposalNetwork):
         return None
-    generator = predictor.model.proposal_generator
+    generator: Any = predictor.model.proposal_generator
 
     @torch.no_grad()
     def decode(image: np.ndarray, boxes: np.ndarray) -> WindowMasks:

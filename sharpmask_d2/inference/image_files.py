@@ -25,7 +25,7 @@ _SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", 
 class InputImage(NamedTuple):
     """An image to work on: id in the results, file, path within the folder it was found in, and more entries for each of its results."""
 
-    image_id: int
+    image_id: Union[int, str]
     path: Path
     name: str
     extra: dict[str, Any]
@@ -44,16 +44,16 @@ def list_inputs(paths: Sequence[Union[str, Path]]) -> list[InputImage]:
         FileNotFoundError: a path does not exist, or a folder has no images.
     """
     files: dict[Path, Path] = {}
-    others: Counter = Counter()
+    others: Counter[str] = Counter()
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(_walk(path))
             suffixes = _SUFFIXES & Image.registered_extensions().keys()
-            images = [p for p in inside if p.suffix.lower() in suffixes]
-            if not images:
+            found = [p for p in inside if p.suffix.lower() in suffixes]
+            if not found:
                 raise FileNotFoundError(f"--input: the folder {path} has no images")
             others.update(p.suffix.lower() or "no suffix" for p in inside if p.suffix.lower() not in suffixes)
-            for image in images:
+            for image in found:
                 files.setdefault(image, path)
         elif path.exists():
             files.setdefault(path, path.parent)
@@ -69,7 +69,7 @@ def list_inputs(paths: Sequence[Union[str, Path]]) -> list[InputImage]:
     return images
 
 
-def _walk(folder: Path, above: frozenset = frozenset()) -> Iterator[Path]:
+def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
     """Yields the files of a folder and of its sub-folders except hidden ones. A link to a folder that is being searched is not followed."""
     folders = above | {os.path.realpath(folder)}
     for path in folder.iterdir():
@@ -126,7 +126,7 @@ def process_images(
         The finished images in their order, as `ProposalWriter.finish` takes them, and the images that failed.
     """
     failed = FailedImages()
-    names = name_pictures(images) if pictures else [None] * len(images)
+    names = name_pictures(list(images)) if pictures and draw else [None] * len(images)
     keys = _known_keys(images, writer)
     if keys:
         print(f"{len(keys)} of {len(images)} images are done already, in {writer.partial}")
@@ -144,7 +144,9 @@ def process_images(
             writer.add(key, results)
             keys[i] = key
         finished.append((keys[i], {"image_id": image.image_id, **image.extra}))
-        if name is None or (writer.has_picture(keys[i], name) and (Path(pictures) / name).exists()):
+        if not (pictures and draw and name):
+            continue
+        if writer.has_picture(keys[i], name) and (Path(pictures) / name).exists():
             continue
         drawn = False
         with failed.named(image.image_id, image.path, consequence=f"it has no picture {name}"):
