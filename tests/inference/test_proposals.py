@@ -284,7 +284,7 @@ def test_unknown_models_are_answered_with_those_there_are():
 )
 def test_models_that_are_no_longer_packaged_are_answered_with_those_that_take_their_place(old, new):
     with pytest.raises(UserError, match=f"{old}.* in version 0.1 only: '{new}' takes its place"):
-        model_zoo.get(old)
+        model_zoo.get_config(old)
     assert old not in model_zoo.names()
     assert new in model_zoo.names()
 
