@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..modeling.meta_arch import SegmentProposalNetwork
+from ..modeling.segment_generator import Windows
 from ..structures import WindowMasks
 from .predictor import ProposalPredictor, prepare_image
 from .preparation import autocast
@@ -38,8 +39,7 @@ def box_decoder(predictor: ProposalPredictor) -> Optional[Callable[[np.ndarray, 
         scaled = torch.from_numpy(boxes * ([width / old_width, height / old_height] * 2)).float()
         windows = generator.canonical_windows(scaled.to(predictor.model.device))
         with autocast(predictor.model.device, predictor.dtype):
-            pyramid, _ = predictor.model.pyramid([inputs])
-            logits = generator.decode(pyramid, torch.zeros_like(windows[:, 0], dtype=torch.long), windows)
+            logits = generator.decode(predictor.model.encode([inputs]), Windows(windows))
         masks = WindowMasks(logits, windows, (height, width), threshold=generator.mask_threshold)
         return masks.scale(old_width / width, old_height / height, (old_height, old_width))
 

@@ -4,7 +4,8 @@ Shape letters: B batch, C channels, H W height and width.
 """
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -405,3 +406,12 @@ def _merge(conv: nn.Conv2d, norm: nn.Module) -> None:
     statistics = norm.running_mean, norm.running_var, norm.eps
     weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
     conv.weight, conv.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+
+
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """A context, or decorator, without gradients. Afterwards autocast forgets the weights that it has cast inside: older versions of torch
+    would use these, which have no gradient, where a gradient is needed."""
+    with torch.no_grad():
+        yield
+    torch.clear_autocast_cache()

@@ -19,6 +19,7 @@ from .exporting import NotExportable
 from .image_pyramid.resizing import resize
 from .losses import mask_iou, mask_loss, score_loss
 from .proposal_generator import ImagePyramid
+from .proposal_generator.sharpmask_fpn import PyramidFeatures
 
 # Values of MODEL.META_ARCHITECTURE of the stand-alone networks: trained on patches, or on full images.
 ARCHITECTURE = "SharpMaskProposalNetwork"
@@ -128,7 +129,7 @@ class SharpMaskProposalNetwork(NotExportable):
 
     def _proposals(self, batched_inputs: list) -> list:
         images = torch.stack([inputs["image"].to(self.device) for inputs in batched_inputs])
-        found = self.pyramid.of_batch(images.flip(1) if self.flip_channels else images)
+        found = self.pyramid(images.flip(1) if self.flip_channels else images)
         return [
             rescale_proposals(x, inputs.get("height"), inputs.get("width")) for x, inputs in zip(found, batched_inputs)
         ]
@@ -162,29 +163,28 @@ class SegmentProposalNetwork(NotExportable, ProposalNetwork):
                 raise UserError(
                     "MODEL.SHARPMASK.GENERATOR.FROZEN is True: alone, without a detector, there is nothing left to train; set it to False"
                 )
-            pyramid, _ = self.pyramid(batched_inputs)
             instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
-            return self.proposal_generator.losses(pyramid, instances)
+            return self.proposal_generator.losses(self.encode(batched_inputs), instances)
         # Padding to the size of another image would reach into the features: images of one size go together.
         outputs = [None] * len(batched_inputs)
         for numbers in _by_size(batched_inputs):
             inputs = [batched_inputs[number] for number in numbers]
-            pyramid, sizes = self.pyramid(inputs)
-            originals = [(x.get("height") or size[0], x.get("width") or size[1]) for x, size in zip(inputs, sizes)]
-            for number, proposals in zip(numbers, self.proposal_generator.propose(pyramid, sizes, originals)):
+            features = self.encode(inputs)
+            originals = [
+                (x.get("height") or height, x.get("width") or width)
+                for x, (height, width) in zip(inputs, features.image_sizes)
+            ]
+            for number, proposals in zip(numbers, self.proposal_generator.propose(features, originals)):
                 outputs[number] = {"proposals": proposals}
         return outputs
 
-    def pyramid(self, batched_inputs: list) -> tuple:
-        """What is computed once for a batch of images.
+    def encode(self, batched_inputs: list) -> PyramidFeatures:
+        """Computes, once per batch of images, what all windows of the images share: see `SharpMaskFPN.encode`.
 
         Args:
             batched_inputs: see `forward`.
-
-        Returns:
-            the generator's `Pyramid`, and the images' sizes (height, width) in pixels, as they reach the backbone.
         """
         pixels = [(inputs["image"].to(self.device) - self.pixel_mean) / self.pixel_std for inputs in batched_inputs]
         images = ImageList.from_tensors(pixels, self.backbone.size_divisibility)
         features = self.backbone(images.tensor.contiguous(memory_format=torch.channels_last))
-        return self.proposal_generator.pyramid(images.image_sizes, features), images.image_sizes
+        return self.proposal_generator.encode(images.image_sizes, features)

@@ -3,124 +3,136 @@
 Shape letters: B images, H W height and width of an image in pixels, h w of a level, N proposals, M mask side in cells.
 """
 
-import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.structures import Instances
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...data.patch_mapper import PADDING_VALUE
 from ...errors import UserError
-from ...structures import WindowMasks, build_proposals
 from ...windows.geometry import corner_aligned
-from .levels import cell_windows, grid_shifts, level_padding, pyramid_levels, split_cells
+from ..segment_generator import SegmentGenerator, Windows
+from .levels import Level, cell_windows, grid_shifts, level_padding, pyramid_levels, split_cells
 from .network import SharpMaskNetwork, WindowGrid
 from .resizing import resize
 
 
-class ImagePyramid(nn.Module):
+class GridFeatures(NamedTuple):
+    """What a generator on an image pyramid computes once per batch of equally sized images."""
+
+    # Levels of the images.
+    levels: list[Level]
+    # One grid per level, of all images of the batch.
+    grids: list[WindowGrid]
+    # (H, W) of each image in pixels.
+    image_sizes: list[tuple[int, int]]
+
+
+class ImagePyramid(SegmentGenerator):
     """Segment proposals of images: one pass of the trunk per level, then masks for the windows of highest score over all levels.
 
     The stand-alone network and the proposal generator of detectors both hold one.
     """
 
     @configurable
-    def __init__(
-        self,
-        *,
-        network: SharpMaskNetwork,
-        exponents: list,
-        grid_stride: int,
-        num_proposals: int,
-        mask_threshold: float,
-        nms_thresh: float,
-        stability: bool = False,
-        mask_nms: bool = False,
-        windows_per_batch: int,
-    ):
+    def __init__(self, *, network: SharpMaskNetwork, exponents: list[float], grid_stride: int, **settings):
         """
         Args:
             network: DeepMask or SharpMask.
             exponents: scales of the levels, as exponents of 2.
             grid_stride: distance of neighbouring windows in pixels of the level, a divisor of the network's stride.
-            num_proposals: maximum number of proposals per image.
-            mask_threshold: probability, in 0..1, above which a pixel belongs to the mask.
-            nms_thresh: IoU above which a proposal's box suppresses boxes of lower score; 1 keeps all, as in the papers.
-            stability, mask_nms: see `structures.build_proposals`; default: False.
-            windows_per_batch: number of windows that are refined at a time, which bounds the memory.
+            settings: see `SegmentGenerator`.
 
         Raises:
-            UserError: a threshold outside 0..1, less than one proposal, or a grid stride that does not divide the network's; the message
-                names the config key.
+            UserError: see `SegmentGenerator`; or a grid stride that does not divide the network's; the message names the config key.
         """
-        super().__init__()
-        if not 0 < mask_threshold < 1:
-            raise UserError(f"MODEL.SHARPMASK.TEST.MASK_THRESHOLD is {mask_threshold}: it must lie between 0 and 1")
-        if num_proposals < 1:
-            raise UserError(f"MODEL.SHARPMASK.TEST.NUM_PROPOSALS is {num_proposals}: it must be at least 1")
+        super().__init__(**settings)
         self.network = network
         self.exponents = list(exponents)
         self.shifts = grid_shifts(network.stride, grid_stride)
-        self.num_proposals = num_proposals
-        self.mask_threshold = math.log(mask_threshold / (1 - mask_threshold))
-        self.nms_thresh, self.stability, self.mask_nms = nms_thresh, stability, mask_nms
-        self.windows_per_batch = windows_per_batch
 
     @classmethod
     def from_config(cls, cfg, trunk=None):
-        test = cfg.MODEL.SHARPMASK.TEST
         return {
             "network": SharpMaskNetwork(cfg, trunk=trunk),
-            "exponents": test.SCALES,
+            "exponents": cfg.MODEL.SHARPMASK.TEST.SCALES,
             "grid_stride": cfg.MODEL.SHARPMASK.GRID_STRIDE,
-            "num_proposals": test.NUM_PROPOSALS,
-            "mask_threshold": test.MASK_THRESHOLD,
-            "nms_thresh": test.NMS_THRESH,
-            "stability": test.MASK_STABILITY,
-            "mask_nms": test.MASK_NMS,
-            "windows_per_batch": test.WINDOWS_PER_BATCH,
+            **cls.test_settings(cfg),
         }
 
-    @torch.no_grad()
-    def forward(self, image: Tensor) -> Instances:
-        """Generate the proposals of one image.
-
-        Args:
-            image: (3, H, W) in 0..255, in the network's channel order.
-
-        Returns:
-            Instances of at most `num_proposals` proposals, best first, in the frame of the image: proposal_boxes (Boxes, tight),
-            objectness_logits (N,), proposal_masks (WindowMasks). Windows whose mask is empty inside the image are left out.
-
-        Raises:
-            UserError: the image has no pixels.
-        """
-        return self.of_batch(image[None])[0]
-
-    @torch.no_grad()
-    def of_batch(self, images: Tensor) -> list:
-        """Generate proposals for a batch of equally sized images.
-
-        Each level runs through the trunk once for the whole batch, so peak memory grows linearly with the batch size.
+    def forward(self, images: Tensor) -> list[Instances]:
+        """Generates proposals for a batch of equally sized images.
 
         Args:
             images: (B, 3, H, W) in 0..255, in the network's channel order.
 
         Returns:
-            list[Instances], one per image (see `forward`).
+            One `Instances` per image in the frame of the image: see `SegmentGenerator.postprocess`.
 
         Raises:
             UserError: the images have no pixels.
         """
-        image_size = tuple(images.shape[2:])
-        if 0 in image_size:
-            raise UserError(f"the image has no pixels: its size is {image_size} (height, width)")
-        levels = self.levels(image_size)
+        return self.propose(self.encode(images))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> GridFeatures:
+        """Runs the network on all levels of a batch of equally sized images.
+
+        Each level runs through the trunk once for the whole batch, so peak memory grows linearly with the batch size.
+
+        Args:
+            images: see `forward`.
+
+        Raises:
+            UserError: the images have no pixels.
+        """
+        height, width = images.shape[2:]
+        if 0 in (height, width):
+            raise UserError(f"the image has no pixels: its size is {(height, width)} (height, width)")
+        levels = self.levels((height, width))
         # The largest level first: it needs the most memory, and nothing of the others is kept yet.
         grids = [self.level_grid(images, level) for level in reversed(levels)][::-1]
-        return [self.propose(levels, [grid.of_image(number) for grid in grids]) for number in range(len(images))]
+        return GridFeatures(levels, grids, [(height, width)] * len(images))
+
+    def select(self, features: GridFeatures) -> list[Windows]:
+        """Selects the windows of highest score over all levels: see `SegmentGenerator.select`."""
+        network, selected = self.network, []
+        for image in range(len(features.image_sizes)):
+            scores = torch.cat([grid.scores[image].flatten() for grid in features.grids]).float()
+            scores, cells = scores.topk(min(self.num_proposals, len(scores)))
+            boxes = scores.new_empty((len(scores), 4))
+            for level, (ys, xs), places in zip(features.levels, *_by_level(features, cells)):
+                boxes[places] = cell_windows(level, ys, xs, network.window_size, network.stride)
+            if network.resizing == "released":
+                boxes = corner_aligned(boxes, network.mask_branch.mask_size)
+            selected.append(Windows(boxes, scores, image, cells=cells))
+        return selected
+
+    def decode(self, features: GridFeatures, windows: Windows) -> Tensor:
+        """Decodes the masks of windows that `select` returned: see `SegmentGenerator.decode`.
+
+        Raises:
+            UserError: windows that are not of the grids.
+        """
+        if windows.cells is None:
+            raise UserError(
+                "a network on an image pyramid decodes the windows of its grids only: use a model on a feature pyramid for other windows"
+            )
+        size = self.network.mask_branch.mask_size
+        logits = features.grids[0].scores.new_empty((len(windows.cells), size, size))
+        for grid, (ys, xs), places in zip(features.grids, *_by_level(features, windows.cells)):
+            if len(ys) == 0:
+                continue
+            own = grid.of_image(windows.image)
+            batches = self.network.mask_batches(
+                own, torch.zeros_like(ys), ys, xs, windows_per_batch=self.windows_per_batch
+            )
+            for batch, batch_places in zip(batches, places.split(self.windows_per_batch)):
+                logits[batch_places] = batch.to(logits.dtype)
+        return logits
 
     def levels(self, image_size: tuple, octaves: float = 0.0) -> list:
         """The levels of an image.
@@ -146,41 +158,6 @@ class ImagePyramid(nn.Module):
         """
         return self.network.grid(self.level_image(images, level))
 
-    @torch.no_grad()
-    def propose(self, levels: list, grids: list) -> Instances:
-        """Choose the windows of highest score over all levels of one image, and compute their masks.
-
-        Args:
-            levels: list[Level] of the image.
-            grids: list[WindowGrid], one per level, each of one image (B = 1).
-
-        Returns:
-            Instances (see `forward`).
-        """
-        scores = torch.cat([grid.scores.flatten() for grid in grids]).float()
-        scores, chosen = scores.topk(min(self.num_proposals, len(scores)))
-        # Windows are processed level by level; `order` restores the order of their scores.
-        cells, order = chosen.sort()
-        masks, windows = None, scores.new_empty((len(scores), 4))
-        split = split_cells(cells, [tuple(grid.scores.shape[1:]) for grid in grids])
-        places = order.split([len(ys) for ys, _ in split])
-        for level, grid, (ys, xs), place in zip(levels, grids, split, places):
-            if len(ys) == 0:
-                continue
-            batches = self.network.mask_batches(
-                grid, torch.zeros_like(ys), ys, xs, windows_per_batch=self.windows_per_batch
-            )
-            for batch, own in zip(batches, place.split(self.windows_per_batch)):
-                masks = batch.new_empty((len(scores), *batch.shape[1:])) if masks is None else masks
-                masks[own] = batch
-            windows[place] = cell_windows(level, ys, xs, self.network.window_size, self.network.stride)
-        if self.network.resizing == "released":
-            windows = corner_aligned(windows, masks.shape[-1])
-        proposal_masks = WindowMasks(masks, windows, levels[0].image_size, threshold=self.mask_threshold)
-        return build_proposals(
-            scores, proposal_masks, nms_thresh=self.nms_thresh, stability=self.stability, mask_nms=self.mask_nms
-        )
-
     def level_image(self, images: Tensor, level) -> Tensor:
         """Resize images to a level and add the border that its windows need.
 
@@ -195,3 +172,10 @@ class ImagePyramid(nn.Module):
         padding = level_padding(level, self.network.window_size, self.network.size_divisibility)
         padded = F.pad(resized, padding, value=PADDING_VALUE)
         return padded.contiguous(memory_format=torch.channels_last)
+
+
+def _by_level(features: GridFeatures, cells: Tensor) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
+    """Rows and columns of cells (N,), level by level, and the places in `cells` of each level's."""
+    ascending, order = cells.sort()
+    split = split_cells(ascending, [tuple(grid.scores.shape[1:]) for grid in features.grids])
+    return split, order.split([len(ys) for ys, _ in split])

@@ -1,7 +1,5 @@
 """What generators that learn within a detector share."""
 
-from contextlib import contextmanager
-
 import torch
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -56,11 +54,3 @@ def log_windows(scores: Tensor, labels: Tensor, masks: Tensor, targets: Tensor, 
         storage.put_scalar("sharpmask/mask_iou", mask_iou(masks, targets).mean().item())
     if len(scores):
         storage.put_scalar("sharpmask/score_accuracy", ((scores > 0) == (labels > 0)).float().mean().item())
-
-
-@contextmanager
-def aside():
-    """No gradients; afterwards autocast forgets the weights it cast without, which older versions of torch use again where they are due."""
-    with torch.no_grad():
-        yield
-    torch.clear_autocast_cache()

@@ -19,12 +19,13 @@ from ...windows.labels import label_rule
 from ...windows.targets import mask_targets, sample_windows
 from ..backbone import trunk_features
 from ..exporting import NotExportable
-from ..image_pyramid.generator import ImagePyramid
+from ..image_pyramid.generator import GridFeatures, ImagePyramid
 from ..image_pyramid.levels import grid_size, grid_windows, split_cells
 from ..image_pyramid.network import GivenFeatures, WindowGrid, evaluating
 from ..image_pyramid.resizing import resize
+from ..layers import without_gradients
 from ..losses import mask_loss, score_loss
-from .learnt import LearntGenerator, aside, check_masks, log_windows
+from .learnt import LearntGenerator, check_masks, log_windows
 
 
 class WindowOutputs(NamedTuple):
@@ -157,7 +158,7 @@ class SharpMaskGenerator(LearntGenerator, NotExportable):
                 generator is not frozen.
 
         Returns:
-            list[Instances], one an image, in the frame of the resized image, best first (see `ImagePyramid.forward`). In training
+            list[Instances], one an image, in the frame of the resized image, best first (see `SegmentGenerator.postprocess`). In training
             with ground truth they have no `proposal_masks`: Detectron2 joins them with the ground truth, which has none.
             A dict of losses: loss_sharpmask_mask and loss_sharpmask_score; empty in evaluation or when frozen.
 
@@ -180,10 +181,9 @@ class SharpMaskGenerator(LearntGenerator, NotExportable):
                 outputs.append(output)
             else:
                 with torch.no_grad():
-                    # The largest, which takes the most memory, before anything of the others is kept.
+                    # The largest level first: it needs the most memory, and nothing of the others is kept yet.
                     grids = [self._grid(source, level) for level in reversed(levels)][::-1]
-            with aside():
-                proposals.append(self.pyramid.propose(levels, grids))
+            proposals += self.pyramid.propose(GridFeatures(levels, grids, [image_size]))
         if self.training and gt_instances is not None:
             for proposed in proposals:
                 proposed.remove("proposal_masks")
@@ -240,7 +240,7 @@ class SharpMaskGenerator(LearntGenerator, NotExportable):
         ):
             ys, xs = (torch.cat(pair) for pair in zip(inside, outside))
             if len(ys) == 0:
-                with aside(), evaluating(network):
+                with without_gradients(), evaluating(network):
                     grids.append(self._grid(source, level))
                 continue
             grid = self._grid(source, level)
@@ -250,7 +250,7 @@ class SharpMaskGenerator(LearntGenerator, NotExportable):
             labels.append((torch.arange(len(ys), device=ys.device) < len(inside[0])).float())
             if len(inside[0]):
                 masks.append(self._masks(grid, *inside))
-            with aside():
+            with without_gradients():
                 grids.append(network.rescore(grid))
         targets = windows.new_zeros((0, self.mask_size, self.mask_size), dtype=torch.bool)
         if len(positives):
