@@ -6,9 +6,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from sharpmask_d2.inference import predictor
-from sharpmask_d2.modeling.image_pyramid import generator as image_pyramid
+from sharpmask_d2.modeling import segment_generator
 from sharpmask_d2.modeling.meta_arch import SegmentProposalNetwork
-from sharpmask_d2.modeling.proposal_generator import sharpmask_fpn
 
 # In the order in which they run. "windows" is all other time: choosing windows and cutting them out of the features.
 STAGES = ("pyramid", "trunk", "score", "horizontal", "refinement", "boxes", "windows")
@@ -86,10 +85,10 @@ def _parts(model) -> list:
         return [
             ("pyramid", predictor, "prepare_image"),
             ("trunk", model.backbone, "forward"),
-            ("score", generator, "pyramid"),
+            ("score", generator, "encode"),
             ("horizontal", generator.decoder, "tables"),
             ("refinement", generator.decoder, "masks"),
-            ("boxes", sharpmask_fpn, "build_proposals"),
+            ("boxes", segment_generator, "build_proposals"),
         ]
     network = model.pyramid.network
     return [
@@ -99,5 +98,5 @@ def _parts(model) -> list:
         ("score", network.head, "forward"),
         ("horizontal", network.mask_branch, "horizontal"),
         ("refinement", network.mask_branch, "forward"),
-        ("boxes", image_pyramid, "build_proposals"),
+        ("boxes", segment_generator, "build_proposals"),
     ]

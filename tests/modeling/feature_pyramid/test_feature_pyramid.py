@@ -20,6 +20,7 @@ from drawing import draw_example, gradient
 from sharpmask_d2.modeling.backbone.detector import TrunkAndPyramid
 from sharpmask_d2.modeling.feature_pyramid.feature_table import FeatureTable
 from sharpmask_d2.modeling.feature_pyramid.grid import spread
+from sharpmask_d2.modeling.segment_generator import Windows
 from sharpmask_d2.structures import rescale_proposals
 from sharpmask_d2.structures.mask_stability import mask_stability
 from sharpmask_d2.windows.geometry import pyramid_sizes
@@ -161,7 +162,7 @@ def slow_cells(size, strides):
 
 
 def slow_places(grids, strides, kinds=KINDS):
-    """In the order of `Pyramid.scores`: level, kind, y, x and the window in pixels."""
+    """In the order of `PyramidFeatures.scores`: level, kind, y, x and the window in pixels."""
     for level, (rows, columns) in enumerate(grids):
         for kind, cells in enumerate(kinds):
             for y in range(rows):
@@ -182,7 +183,7 @@ def propose_these(generator, pyramid, image_sizes, places):
         scores[number, chosen] = pyramid.scores[number, chosen]
     generator.num_proposals, generator.mask_threshold = max(len(chosen) for chosen in places), -1e6
     with torch.no_grad():
-        proposals = generator.propose(pyramid._replace(scores=scores), image_sizes)
+        proposals = generator.propose(pyramid._replace(scores=scores))
     return [
         {
             tuple(window): (score, mask)
@@ -214,7 +215,7 @@ def test_every_place_among_the_scores_is_the_window_that_loops_find(cfg):
     sizes = [(90, 141), (61, 40)]
     images = images_of(*(noise(3, *size) for size in sizes))
     with torch.no_grad():
-        pyramid = generator.pyramid(images.image_sizes, backbone(images.tensor))
+        pyramid = generator.encode(images.image_sizes, backbone(images.tensor))
     # The map is of the padded batch: 96 x 160.
     assert pyramid.sizes == [(24, 40), (12, 20), (6, 10), (3, 5), (2, 3), (1, 2)]
     slow = list(slow_places(pyramid.sizes, strides))
@@ -229,7 +230,7 @@ def test_every_place_among_the_scores_is_the_window_that_loops_find(cfg):
     assert all(torch.equal(a, b[order]) for a, b in zip(shuffled, cells))
     for number, size in enumerate(sizes):
         own = slow_cells(size, strides)
-        assert pyramid.extents[number].tolist() == [list(x) for x in own]
+        assert pyramid.tables.features.extents[number].tolist() == [list(x) for x in own]
         inside = [y < own[level][0] and x < own[level][1] for level, _, y, x, _ in slow]
         assert pyramid.scores[number].isfinite().tolist() == inside
         assert 0 < sum(inside) < len(inside)
@@ -241,7 +242,7 @@ def test_levels_beyond_the_backbone_are_means_of_the_image_s_cells(cfg):
     sizes = [(160, 224), (90, 170)]
     features = {name: x.detach() for name, x in PatchBackbone()(noise(2, 3, 160, 224)).items()}
     with torch.no_grad():
-        levels = build(cfg).pyramid(sizes, features).features
+        levels = build(cfg).encode(sizes, features).levels
     assert [tuple(x.shape[2:]) for x in levels[3:]] == [(5, 7), (3, 4), (2, 2)]
     for image, size in enumerate(sizes):
         cells = slow_cells(size, [32, 64, 128])
@@ -346,7 +347,7 @@ def test_a_window_cut_out_of_the_image_has_the_same_score(cfg, kind):
     def scores(image, places):
         images = images_of(image)
         with torch.no_grad():
-            pyramid = generator.pyramid([tuple(image.shape[1:])], backbone(images.tensor))
+            pyramid = generator.encode([tuple(image.shape[1:])], backbone(images.tensor))
         numbers = {place[:4]: number for number, place in enumerate(slow_places(pyramid.sizes, strides))}
         return pyramid.scores[0, [numbers[place] for place in places]]
 
@@ -379,7 +380,7 @@ def test_a_window_on_nothing_has_the_mask_that_it_has_alone(cfg):
                 canvas = torch.zeros(3, *(-(-s // 64) * 64 for s in size))
                 canvas[:, corner[0] : corner[0] + side, corner[1] : corner[1] + side] = piece
                 with torch.no_grad():
-                    pyramid = generator.pyramid([size], backbone(canvas[None]))
+                    pyramid = generator.encode([size], backbone(canvas[None]))
                 numbers = {place[:4]: number for number, place in enumerate(slow_places(pyramid.sizes, strides))}
                 y, x = (c // strides[level] + cells // 2 for c in corner)
                 (found,) = propose_these(generator, pyramid, [size], [[numbers[level, kind, y, x]]])
@@ -399,7 +400,7 @@ def test_scores_are_those_of_the_cells_of_each_window(cfg):
     features = {name: x.detach() for name, x in backbone(noise(2, 3, 96, 128)).items()}
     heads = generator.scores
     with torch.no_grad():
-        pyramid = generator.pyramid(sizes, features)
+        pyramid = generator.encode(sizes, features)
         places = list(slow_places(pyramid.sizes, generator.strides))
         for number in range(2):
             inside = pyramid.scores[number].isfinite().nonzero()[:, 0]
@@ -407,14 +408,12 @@ def test_scores_are_those_of_the_cells_of_each_window(cfg):
             expected = []
             for n in chosen:
                 level, kind, y, x, _ = places[n]
-                rows, columns = pyramid.extents[number, level].tolist()
+                rows, columns = pyramid.tables.features.extents[number, level].tolist()
                 match, half = heads.templates[kind], KINDS[kind] // 2
                 total = match.bias.clone()
                 for i, j in itertools.product(range(-half, half + 1), repeat=2):
                     if 0 <= y + i < rows and 0 <= x + j < columns:
-                        cell = heads.reduce(pyramid.features[level][number, :, y + i, x + j, None, None])[
-                            :, 0, 0
-                        ].relu()
+                        cell = heads.reduce(pyramid.levels[level][number, :, y + i, x + j, None, None])[:, 0, 0].relu()
                         total += match.weight[:, 0, i + half, j + half] * cell
                 expected.append(heads.predictors[kind](total.relu()[:, None, None])[0, 0, 0])
             expected = torch.stack(expected)
@@ -423,7 +422,7 @@ def test_scores_are_those_of_the_cells_of_each_window(cfg):
     # Scores of the smaller image do not depend on what is beyond it.
     for x in features.values():
         assert x[1, :, -1, -1].any()
-    alone = generator.pyramid(
+    alone = generator.encode(
         sizes[1:], {name: x[1:, :, :13, :11] if name == "f4" else x[1:] for name, x in features.items()}
     )
     expected = pyramid.scores[1][pyramid.scores[1].isfinite()]
@@ -444,7 +443,7 @@ def test_proposals_are_the_windows_of_highest_score(cfg, mask_window):
     assert len(proposals) == 200
     found = proposals.objectness_logits
     with torch.no_grad():
-        pyramid = generator.pyramid([(96, 128)], features)
+        pyramid = generator.encode([(96, 128)], features)
     expected, best = pyramid.scores[0].sort(descending=True)
     assert np.ptp(found.tolist()) > 0.5
     torch.testing.assert_close(found, expected[:200])
@@ -492,7 +491,7 @@ def test_losses_are_of_all_scores_and_of_masks_in_windows_around_the_objects(cfg
     _, losses = generator(images, features, [gt for _, gt in examples])
     assert set(losses) == LOSSES
     with torch.no_grad():
-        pyramid = generator.pyramid(images.image_sizes, features)
+        pyramid = generator.encode(images.image_sizes, features)
     places = list(slow_places(pyramid.sizes, generator.strides))
     score_loss = total = 0.0
     mask_terms, dice_terms, kinds = [], [], set()
@@ -509,7 +508,7 @@ def test_losses_are_of_all_scores_and_of_masks_in_windows_around_the_objects(cfg
             cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
             window = [cx - half, cy - half, cx + half, cy + half]
             with torch.no_grad():
-                (mask,) = generator.decode(pyramid, torch.tensor([number]), torch.tensor([window]))
+                (mask,) = generator.decode(pyramid, Windows(torch.tensor([window]), image=number))
             target = slow_target(gt, owner, window, len(mask)).float()
             terms = [bce(value, t) for value, t in zip(mask.flatten().tolist(), target.flatten().tolist())]
             p = mask.sigmoid()
@@ -980,8 +979,8 @@ def test_proposals_are_spread_before_masks_are_made(cfg):
     # Every mask is full: none is left out.
     generator.num_proposals, generator.mask_threshold, generator.window_nms_thresh = 40, -1e6, 0.5
     with torch.no_grad():
-        pyramid = generator.pyramid(images.image_sizes, features)
-        (proposals,) = generator.propose(pyramid, images.image_sizes)
+        pyramid = generator.encode(images.image_sizes, features)
+        (proposals,) = generator.propose(pyramid)
     # Four times as many windows as proposals are looked at.
     scores, best = pyramid.scores[0].topk(160)
     windows = generator.geometry.windows(generator.geometry.cells(best, pyramid.sizes))

@@ -15,6 +15,7 @@ from sharpmask_d2.modeling.feature_pyramid.decoder import SampledDecoder, jitter
 from sharpmask_d2.modeling.feature_pyramid.feature_table import FeatureTable
 from sharpmask_d2.modeling.feature_pyramid.labels import enlarged
 from sharpmask_d2.modeling.losses import dice_loss, quality_focal_loss
+from sharpmask_d2.modeling.segment_generator import Windows
 from sharpmask_d2.windows.geometry import pyramid_sizes, square_windows
 
 STRIDES = [4, 8, 16, 32]
@@ -200,19 +201,19 @@ def test_canonical_windows_are_those_that_scored_windows_are_enlarged_to(cfg):
     torch.testing.assert_close(windows, torch.tensor(expected).float())
 
 
-def test_only_the_first_masks_are_refined_the_others_are_interpolated(cfg):
+def test_chosen_masks_are_refined_and_the_others_are_interpolated(cfg):
     model = build_model(cfg).eval()
     generator = model.proposal_generator
     windows = generator.canonical_windows(torch.tensor([[20.0, 20, 80, 70], [90, 30, 120, 100], [10, 10, 40, 30]]))
     images = torch.zeros(3, dtype=torch.long)
     with torch.no_grad():
-        pyramid, _ = model.pyramid([example([(20, 20, 80, 70)])])
-        refined, some = (generator.decode(pyramid, images, windows, num_refined=n) for n in (None, 2))
-        tables = generator.decoder.tables(pyramid.features, pyramid.extents, generator.strides)
-        coarse = generator.decoder(tables, images, windows)[0]
-    torch.testing.assert_close(some[:2], refined[:2], atol=1e-5, rtol=0)
-    interpolated = torch.nn.functional.interpolate(coarse[2:, None], size=(56, 56), mode="bilinear")[:, 0]
-    torch.testing.assert_close(some[2:], interpolated, atol=1e-5, rtol=0)
+        pyramid = model.encode([example([(20, 20, 80, 70)])])
+        chosen = torch.tensor([True, False, True])
+        refined, some = (generator.decode(pyramid, Windows(windows, refined=x)) for x in (None, chosen))
+        coarse = generator.decoder(pyramid.tables, images, windows)[0]
+    torch.testing.assert_close(some[chosen], refined[chosen], atol=1e-5, rtol=0)
+    interpolated = torch.nn.functional.interpolate(coarse[~chosen, None], size=(56, 56), mode="bilinear")[:, 0]
+    torch.testing.assert_close(some[~chosen], interpolated, atol=1e-5, rtol=0)
     assert (some[2] - refined[2]).abs().max() > 1e-3
 
 
@@ -266,5 +267,5 @@ def test_the_skip_path_says_where_in_the_image_each_cell_of_a_mask_lies(decoder,
 def test_untrained_scores_say_that_objects_are_rare(cfg):
     model = build_model(cfg).eval()
     with torch.no_grad():
-        pyramid, _ = model.pyramid([example([(20, 20, 80, 70)])])
+        pyramid = model.encode([example([(20, 20, 80, 70)])])
     assert pyramid.scores.sigmoid().mean() < 0.03

@@ -492,6 +492,12 @@ def _pyramid(network, **options) -> ImagePyramid:
     return ImagePyramid(network=network, windows_per_batch=50, **{**defaults, **options})
 
 
+def propose(pyramid: ImagePyramid, image: torch.Tensor):
+    """Proposals of one image (3, H, W)."""
+    (proposals,) = pyramid(image[None])
+    return proposals
+
+
 @pytest.mark.parametrize("grid_stride", [16, 8])
 @pytest.mark.parametrize("refinement", [False, True])
 def test_a_patch_says_the_same_as_its_window_of_the_full_image(refinement, grid_stride):
@@ -571,15 +577,15 @@ def test_a_drawn_square_peaks_at_the_cell_whose_window_holds_it(exponent):
             return {"s16": nn.functional.avg_pool2d(x, 16).mean(1, keepdim=True).expand(-1, 12, -1, -1)}
 
     network.trunk, network.head = Mean(), Matched()
-    proposals = _pyramid(network, exponents=[exponent], num_proposals=1, mask_threshold=0.001)(image)
+    proposals = propose(_pyramid(network, exponents=[exponent], num_proposals=1, mask_threshold=0.001), image)
     torch.testing.assert_close(proposals.proposal_masks.windows[0], window, atol=1e-3, rtol=0)
 
 
 def test_proposals_are_the_best_cells_of_all_scales_in_order():
     network = _toy_network(refinement=True)
     image = torch.rand(3, 90, 121, generator=torch.Generator().manual_seed(1)) * 255
-    everything = _pyramid(network)(image)
-    best = _pyramid(network, num_proposals=7)(image)
+    everything = propose(_pyramid(network), image)
+    best = propose(_pyramid(network, num_proposals=7), image)
     scores = everything.objectness_logits
     assert (scores.diff() <= 0).all()
     # Those without a pixel in the image are left out after the best were chosen.
@@ -597,8 +603,8 @@ def test_box_nms_thins_out():
     image = torch.rand(3, 90, 121, generator=torch.Generator().manual_seed(1)) * 255
     from detectron2.structures import pairwise_iou
 
-    kept = _pyramid(network, nms_thresh=0.5)(image)
-    everything = _pyramid(network)(image)
+    kept = propose(_pyramid(network, nms_thresh=0.5), image)
+    everything = propose(_pyramid(network), image)
     assert len(kept) < len(everything)
     iou = pairwise_iou(kept.proposal_boxes, kept.proposal_boxes).fill_diagonal_(0)
     assert iou.max() <= 0.5
@@ -607,13 +613,13 @@ def test_box_nms_thins_out():
 @pytest.mark.parametrize("size", [(1, 1), (3, 50), (17, 16)])
 def test_tiny_images_work(size):
     for refinement in (False, True):
-        proposals = _pyramid(_toy_network(refinement))(torch.rand(3, *size) * 255)
+        proposals = propose(_pyramid(_toy_network(refinement)), torch.rand(3, *size) * 255)
         assert proposals.image_size == size
 
 
 def test_an_image_without_pixels_is_an_error():
     with pytest.raises(ValueError, match="no pixels"):
-        _pyramid(_toy_network(False))(torch.zeros(3, 0, 5))
+        propose(_pyramid(_toy_network(False)), torch.zeros(3, 0, 5))
 
 
 def test_released_network_runs_where_the_grids_do_not_divide():
@@ -623,7 +629,7 @@ def test_released_network_runs_where_the_grids_do_not_divide():
     cfg.MODEL.SHARPMASK.TEST.SCALES = [-1.0]
     cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 40
     pyramid = ImagePyramid(cfg).eval()
-    proposals = pyramid(torch.rand(3, 97, 131) * 255)
+    proposals = propose(pyramid, torch.rand(3, 97, 131) * 255)
     assert len(proposals) <= 40
     assert proposals.proposal_masks.logits.shape[1:] == (160, 160)
 
