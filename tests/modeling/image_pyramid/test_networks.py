@@ -672,3 +672,7 @@ def test_an_upsampling_convolution_is_that_of_the_large_map(dtype, mirrored, lay
     gradients = [torch.autograd.grad((y.float() ** 2).sum(), [x, *conv.parameters()]) for y in (expected, found)]
     for slow, fast in zip(*gradients):
         torch.testing.assert_close(fast, slow, atol=tolerance * slow.abs().max().item(), rtol=tolerance)
+
+
+def test_an_upsampling_convolution_takes_no_maps():
+    assert conv_upsampled(torch.zeros(0, 3, 4, 5), nn.Conv2d(3, 2, 3, padding=1)).shape == (0, 2, 8, 10)
