@@ -1,8 +1,8 @@
-"""Run any Detectron2 script, unmodified, with this package registered:
+"""Runs any Detectron2 script, unmodified, with this package registered.
 
     python -m sharpmask_d2.launch [--dataset NAME JSON IMAGE_ROOT]... SCRIPT.py ARGS...
 
-The script finds the package's models, configuration keys and the datasets named, in the processes that it spawns, too.
+The script, and the processes that it spawns, can use the package's models and configuration keys and the datasets of the command line.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import multiprocessing.spawn
 import os
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import sharpmask_d2
@@ -18,33 +19,33 @@ from detectron2.config import defaults
 from detectron2.utils.logger import setup_logger
 from sharpmask_d2.data import add_dataset_option, register_datasets
 
-# Tells spawned processes what to run: {"script": path, "datasets": [...]}.
+# The environment variable that tells spawned processes what to run: {"script": path, "datasets": [...]}.
 _VARIABLE = "SHARPMASK_D2_LAUNCH"
 
 
-def prepare(datasets: list) -> None:
-    """Make `get_cfg()` know the package's keys, register datasets, and show what the package logs.
+def prepare(datasets: Sequence[Sequence[str]]) -> None:
+    """Adds the package's keys to what `get_cfg()` returns, registers datasets, and shows what the package logs.
 
     Args:
         datasets: see `data.register_datasets`.
     """
-    # get_cfg copies this object, so it does not matter who has imported get_cfg already.
+    # get_cfg copies this object, so it may have been imported before.
     sharpmask_d2.add_sharpmask_config(defaults._C)
     register_datasets(datasets)
-    # Scripts set up Detectron2's own logger only.
+    # Scripts set up only Detectron2's own logger.
     setup_logger(name="sharpmask_d2")
 
 
-def run(script: str, arguments: list, datasets: list = ()) -> None:
-    """Run a script as `python script arguments...` would, after `prepare`.
+def run(script: str, arguments: Sequence[str], datasets: Sequence[Sequence[str]] = ()) -> None:
+    """Runs a script as `python script arguments...` does, after `prepare`.
 
     Args:
-        script: its path.
+        script: path of the Python file.
         arguments: its command line.
         datasets: see `data.register_datasets`.
 
     Raises:
-        FileNotFoundError: there is no such script, annotation file or image folder.
+        FileNotFoundError: the script, an annotation file or an image folder does not exist.
     """
     if not os.path.isfile(script):
         raise FileNotFoundError(f"there is no script {script}: give the path of a Python file")
@@ -54,13 +55,13 @@ def run(script: str, arguments: list, datasets: list = ()) -> None:
     _spawn_prepared()
     sys.argv = [script, *arguments]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
-    # Where `python -m` found this package, if that was the current folder.
+    # The folder in which `python -m` found this package, which may be the current folder.
     sys.path.append(str(Path(__file__).resolve().parent.parent))
     runpy.run_path(script, run_name="__main__")
 
 
 def _spawn_prepared() -> None:
-    """Spawned processes import their parent's main file first: make that this module, which prepares and imports the script."""
+    """Lets spawned processes import this module instead of their parent's main file; it prepares them and imports the script."""
     original = multiprocessing.spawn.get_preparation_data
 
     def get_preparation_data(name: str) -> dict:
@@ -90,5 +91,5 @@ if __name__ == "__main__":
 elif __name__ == "__mp_main__":
     _launched = json.loads(os.environ[_VARIABLE])
     prepare(_launched["datasets"])
-    # What the parent has pickled are names of the script's.
+    # The parent pickles functions by their names in the script.
     globals().update(runpy.run_path(_launched["script"], run_name="__mp_main__"))
