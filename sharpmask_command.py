@@ -8,10 +8,16 @@ import argparse
 import importlib
 import importlib.metadata
 import importlib.util
+import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
 from typing import Optional
+
+# The processes of a training on several GPUs import their parent's script, and with it this module, before anything of Detectron2, which
+# needs the package first (see compat.py).
+if multiprocessing.current_process().name != "MainProcess":
+    import sharpmask_d2  # noqa: F401
 
 # Subcommand -> its line in `sharpmask --help`, which is the first line of the docstring of its module.
 SUBCOMMANDS = {

@@ -140,3 +140,28 @@ def test_the_user_s_spin_count_is_kept(monkeypatch):
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     sharpmask_command.prepare_environment()
     assert os.environ["GOMP_SPINCOUNT"] == "7"
+
+
+SPAWNING = """
+import multiprocessing, sys
+import sharpmask_command
+
+if __name__ == "__main__":
+    import sharpmask_d2
+    from detectron2.engine import default_argument_parser
+
+    process = multiprocessing.get_context("spawn").Process(target=default_argument_parser)
+    process.start()
+    process.join()
+    sys.exit(process.exitcode)
+"""
+
+
+def test_processes_that_a_training_spawns_can_import_detectron2(tmp_path):
+    """Detectron2's launch starts one for each GPU; without the package, Detectron2 0.6 cannot be imported."""
+    (tmp_path / "sharpmask").write_text(SPAWNING)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "sharpmask"], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
