@@ -332,7 +332,7 @@ def _read_torch7(path: Path, image_ids: Optional[dict[str, ImageId]]) -> Iterato
         )
 
 
-def _list_of(content: Table, key: str, path: Path) -> list:
+def _list_of(content: Table, key: str, path: Path) -> list[Any]:
     if key not in content:
         raise UserError(
             f"{path} has no {key}: a file of proposals has images and boxes, this one has {sorted(map(str, content))}"

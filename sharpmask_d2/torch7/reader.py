@@ -55,7 +55,7 @@ class Table(dict):
     __eq__ = object.__eq__
     __ne__ = object.__ne__
 
-    def sequence(self) -> list:
+    def sequence(self) -> list[Any]:
         """The values of the keys 1, 2, ... before the first missing key."""
         values = []
         while len(values) + 1 in self:
@@ -153,7 +153,7 @@ class _Parser:
         self.content = content
         self.position = 0
         self.long = {8: "<q", 4: "<i"}[long_size]
-        self.objects: dict = {}
+        self.objects: dict[int, Any] = {}
 
     def parse(self) -> Any:
         """The object of the whole content."""

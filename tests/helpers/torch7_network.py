@@ -44,7 +44,7 @@ class Torch7Network:
         return self.run(self.root, self.path, x)
 
     def run(self, module, path: str, x):
-        self.outputs[path] = _RULES[module.class_name](self, module, path, x)
+        self.outputs[path] = _RULES[module.class_name](self, path, module.fields, x)
         return self.outputs[path]
 
     def tensor(self, path: str, name: str):
@@ -79,48 +79,21 @@ def _children(network: Torch7Network, path: str) -> Iterator[tuple]:
         yield child, f"{path}.modules[{i}]"
 
 
-def _whole(module, *names: str, default=None) -> list:
-    return [int(module.fields.get(name, default)) for name in names]
+def _whole(fields, *names: str) -> list:
+    return [int(fields[name]) for name in names]
 
 
-# ---------------------------------------------------------------------- a rule for each class
+# ---------------------------------------------------------------------- a rule for each class: network, path, fields, input -> output
 
 
-def _sequential(network, module, path, x):
+def _sequential(network, path, fields, x):
     for child, place in _children(network, path):
         x = network.run(child, place, x)
     return x
 
 
-def _concat_table(network, module, path, x):
-    return [network.run(child, place, x) for child, place in _children(network, path)]
-
-
-def _parallel_table(network, module, path, x):
-    return [network.run(child, place, item) for (child, place), item in zip(_children(network, path), x)]
-
-
-def _add_table(network, module, path, x):
-    return sum(x)
-
-
-def _identity(network, module, path, x):
-    # Dropout before version 2 scales in evaluation.
-    assert module.fields.get("v2") is not False
-    return x
-
-
-def _view(network, module, path, x):
-    # The first size is the batch size of training.
-    return x.reshape(len(x), *(int(size) for size in module.fields["size"][1:]))
-
-
-def _zero_padding(network, module, path, x):
-    return F.pad(x, _whole(module, "pad_l", "pad_r", "pad_t", "pad_b"))
-
-
-def _symmetric_padding(network, module, path, x):
-    left, right, top, bottom = _whole(module, "pad_l", "pad_r", "pad_t", "pad_b")
+def _symmetric_padding(network, path, fields, x):
+    left, right, top, bottom = _whole(fields, "pad_l", "pad_r", "pad_t", "pad_b")
     height, width = x.shape[2:]
     padded = x.detach().index_select(2, _mirrored(height, top, bottom)).index_select(3, _mirrored(width, left, right))
     padded[:, :, top : top + height, left : left + width] = x
@@ -132,74 +105,65 @@ def _mirrored(size: int, before: int, after: int) -> torch.Tensor:
     return torch.tensor([*range(before - 1, -1, -1), *range(size), *range(size - 1, size - 1 - after, -1)])
 
 
-def _upsampling(network, module, path, x):
-    (factor,) = _whole(module, "scale_factor")
-    return x.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-
-
-def _resampling(network, module, path, x):
+def _resampling(network, path, fields, x):
     # (N, S, S): Lua counts dimensions from 1.
-    assert (module.fields["mode"], module.fields["yDim"], module.fields["xDim"]) == ("bilinear", 2, 3)
-    return F.interpolate(x[None], _whole(module, "oheight", "owidth"), mode="bilinear", align_corners=True)[0]
+    assert (fields["mode"], fields["yDim"], fields["xDim"]) == ("bilinear", 2, 3)
+    return F.interpolate(x[None], _whole(fields, "oheight", "owidth"), mode="bilinear", align_corners=True)[0]
 
 
-def _linear(network, module, path, x):
-    return F.linear(x, network.tensor(path, "weight"), network.tensor(path, "bias"))
-
-
-def _convolution(network, module, path, x):
-    stride, padding = _whole(module, "dH", "dW"), _whole(module, "padH", "padW", default=0)
-    weight = network.tensor(path, "weight").reshape(_whole(module, "nOutputPlane", "nInputPlane", "kH", "kW"))
+def _convolution(network, path, fields, x):
+    stride, padding = _whole(fields, "dH", "dW"), _whole(fields, "padH", "padW")
+    weight = network.tensor(path, "weight").reshape(_whole(fields, "nOutputPlane", "nInputPlane", "kH", "kW"))
     return F.conv2d(x, weight, network.tensor(path, "bias"), stride, padding)
 
 
-def _affine(network, module, path, x):
+def _affine(network, path, fields, x):
     a, b = (network.tensor(path, name).reshape(1, -1, 1, 1) for name in "ab")
     return a * x + b
 
 
-def _batch_norm(network, module, path, x):
-    # Older files keep the inverse of the deviation in running_std.
-    if (variance := network.tensor(path, "running_var")) is not None:
-        inverse = 1 / (variance + module.fields["eps"]).sqrt()
-    else:
-        inverse = network.tensor(path, "running_std")
-    mean, weight, bias = (network.tensor(path, name) for name in ("running_mean", "weight", "bias"))
-    mean, inverse, weight, bias = (v.reshape(1, -1, 1, 1) for v in (mean, inverse, weight, bias))
+def _batch_norm(network, path, fields, x):
+    # Older files store the inverse of the deviation as running_std.
+    inverse = network.tensor(path, "running_std")
+    if inverse is None:
+        inverse = 1 / (network.tensor(path, "running_var") + fields["eps"]).sqrt()
+    parts = inverse, *(network.tensor(path, name) for name in ("running_mean", "weight", "bias"))
+    inverse, mean, weight, bias = (v.reshape(1, -1, 1, 1) for v in parts)
     return (x - mean) * inverse * weight + bias
 
 
-def _threshold(network, module, path, x):
-    return F.threshold(x, float(module.fields["threshold"]), float(module.fields["val"]))
-
-
-def _relu(network, module, path, x):
-    return F.relu(x)
-
-
-def _max_pooling(network, module, path, x):
-    kernel, stride, padding = (_whole(module, f"{name}H", f"{name}W", default=0) for name in ("k", "d", "pad"))
-    return F.max_pool2d(x, kernel, stride, padding, ceil_mode=bool(module.fields.get("ceil_mode")))
+def _max_pooling(network, path, fields, x):
+    kernel, stride, padding = (_whole(fields, f"{name}H", f"{name}W") for name in ("k", "d", "pad"))
+    return F.max_pool2d(x, kernel, stride, padding, ceil_mode=bool(fields.get("ceil_mode")))
 
 
 _RULES = {
     "nn.Sequential": _sequential,
-    "nn.ConcatTable": _concat_table,
-    "nn.ParallelTable": _parallel_table,
-    "nn.CAddTable": _add_table,
-    **dict.fromkeys(("nn.Identity", "nn.Copy", "nn.Dropout"), _identity),
-    "nn.View": _view,
-    "nn.SpatialZeroPadding": _zero_padding,
+    "nn.ConcatTable": lambda network, path, fields, x: [network.run(*child, x) for child in _children(network, path)],
+    "nn.ParallelTable": lambda network, path, fields, x: [
+        network.run(*child, item) for child, item in zip(_children(network, path), x)
+    ],
+    "nn.CAddTable": lambda network, path, fields, x: sum(x),
+    **dict.fromkeys(("nn.Identity", "nn.Copy", "nn.Dropout"), lambda network, path, fields, x: x),
+    # The first size is the batch size of training.
+    "nn.View": lambda network, path, fields, x: x.reshape(len(x), *map(int, fields["size"][1:])),
+    "nn.SpatialZeroPadding": lambda network, path, fields, x: F.pad(
+        x, _whole(fields, "pad_l", "pad_r", "pad_t", "pad_b")
+    ),
     "nn.SpatialSymmetricPadding": _symmetric_padding,
-    "nn.SpatialUpSamplingNearest": _upsampling,
+    "nn.SpatialUpSamplingNearest": lambda network, path, fields, x: F.interpolate(
+        x, scale_factor=fields["scale_factor"], mode="nearest"
+    ),
     "nn.SpatialReSamplingEx": _resampling,
-    "nn.Linear": _linear,
-    **dict.fromkeys(("nn.SpatialConvolution", "nn.SpatialConvolutionMM", "cudnn.SpatialConvolution"), _convolution),
+    "nn.Linear": lambda network, path, fields, x: F.linear(
+        x, network.tensor(path, "weight"), network.tensor(path, "bias")
+    ),
+    **dict.fromkeys(("nn.SpatialConvolution", "cudnn.SpatialConvolution"), _convolution),
     **dict.fromkeys(("nn.SpatialConstDiagonal", "inn.ConstAffine"), _affine),
     **dict.fromkeys(("nn.SpatialBatchNormalization", "cudnn.SpatialBatchNormalization"), _batch_norm),
-    "nn.Threshold": _threshold,
-    **dict.fromkeys(("nn.ReLU", "cudnn.ReLU"), _relu),
-    **dict.fromkeys(("nn.SpatialMaxPooling", "cudnn.SpatialMaxPooling"), _max_pooling),
+    "nn.Threshold": lambda network, path, fields, x: F.threshold(x, fields["threshold"], fields["val"]),
+    **dict.fromkeys(("nn.ReLU", "cudnn.ReLU"), lambda network, path, fields, x: F.relu(x)),
+    "nn.SpatialMaxPooling": _max_pooling,
 }
 
 
