@@ -9,7 +9,7 @@ import torch
 from ..errors import UserError
 
 
-def _load(path: str) -> dict:
+def _load(path: str) -> Any:
     # Tensors, numbers and text only, because a pickle may execute any code.
     return torch.load(path, map_location="cpu", weights_only=True)
 

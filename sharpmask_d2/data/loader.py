@@ -125,7 +125,7 @@ class FixedPatches(Dataset):
     def __len__(self) -> int:
         return len(self.numbered_dicts)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         number, dataset_dict = self.numbered_dicts[index]
         return self.mapper(dataset_dict, np.random.default_rng(number))
 

@@ -3,7 +3,7 @@
 Shape letters: G objects, C crowds, H W image, M side of the rendered mask.
 """
 
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import cv2
 import numpy as np
@@ -26,7 +26,7 @@ class ImageObjects(NamedTuple):
     crowd_boxes: np.ndarray  # (C, 4) float32 XYXY in pixels of the image
 
 
-def read_objects(dataset_dict: dict, *, min_area: float, min_side: float) -> ImageObjects:
+def read_objects(dataset_dict: dict[str, Any], *, min_area: float, min_side: float) -> ImageObjects:
     """The objects of an image in Detectron2's dataset format.
 
     Args:
@@ -87,7 +87,9 @@ def _mask_area(segmentation: Segmentation) -> float:
     return sum(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2 for x, y in corners)
 
 
-def _checked_masks(segmentations: list, numbers: list[int], dataset_dict: dict) -> list[Segmentation]:
+def _checked_masks(
+    segmentations: list[Optional[Segmentation]], numbers: list[int], dataset_dict: dict[str, Any]
+) -> list[Segmentation]:
     """The masks of an image for `render_mask`; `numbers` are those of their annotations."""
 
     def where(index: int) -> str:

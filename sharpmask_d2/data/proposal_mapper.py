@@ -59,7 +59,7 @@ class ProposalMapper(DatasetMapper):
             raise UserError("INPUT.CROP cannot be used with precomputed proposals: set INPUT.CROP.ENABLED False")
         return {**super().from_config(cfg, is_train), "masks": not is_train}
 
-    def __call__(self, dataset_dict: dict) -> dict:
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Map an image with its proposals.
 
         Args:

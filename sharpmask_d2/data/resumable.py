@@ -87,7 +87,7 @@ class MappedBatches(BatchStream):
     def make(self, plan: list[tuple[int, int]]) -> list[dict]:
         return [self._map(*sample) for sample in plan]
 
-    def _map(self, place: int, index: int) -> dict:
+    def _map(self, place: int, index: int) -> dict[str, Any]:
         with seeded(self.seed, self.rank, place, SAMPLES):
             return self.mapper(self.dicts[index])
 

@@ -72,7 +72,7 @@ def check_masks(segmentations: Sequence[Any], image_sizes: Sequence[Optional[Seq
         raise MaskError(_fault_of_length(segmentations[index], found), index)
 
 
-def to_rle(segmentation: Union[list[list[float]], dict], image_size: tuple[int, int]) -> dict:
+def to_rle(segmentation: Union[list[list[float]], dict], image_size: tuple[int, int]) -> dict[str, Any]:
     """The compressed RLE of a mask that `check_masks` accepts.
 
     Args:
@@ -189,7 +189,7 @@ def _fault(segmentation: Any, image_size: Optional[Sequence[int]]) -> str:
     return f"is {_shown(segmentation)}, neither polygons nor RLE"
 
 
-def _fault_of_rle(rle: dict, image_size: Optional[Sequence[int]]) -> str:
+def _fault_of_rle(rle: dict[str, Any], image_size: Optional[Sequence[int]]) -> str:
     size, counts = rle.get("size"), rle.get("counts")
     if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
         return f"has the RLE size {_shown(size)}, not height and width"
@@ -207,7 +207,7 @@ def _fault_of_rle(rle: dict, image_size: Optional[Sequence[int]]) -> str:
     return ""
 
 
-def _fault_of_length(rle: dict, found: int) -> str:
+def _fault_of_length(rle: dict[str, Any], found: int) -> str:
     runs = f"run over {found} pixels" if found >= 0 else "are no run lengths"
     size = " x ".join(map(str, rle["size"]))
     return f"is broken RLE: counts {_shown(rle['counts'])} {runs}, its size is {size}"

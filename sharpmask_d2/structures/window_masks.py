@@ -128,9 +128,11 @@ class WindowMasks:
 
     @property
     def device(self) -> torch.device:
+        """The device of the logits and windows."""
         return self.logits.device
 
     def to(self, device: Union[str, torch.device]) -> "WindowMasks":
+        """The masks on another device."""
         moved = self._like(self.logits.to(device), self.windows.to(device))
         if self._known_runs is not None:
             moved._known_runs = Runs(*(x.to(device) for x in self._known_runs))

@@ -66,7 +66,7 @@ def with_image(**changes) -> dict:
     }
 
 
-# What pycocotools must not get, and what is said of it. Most of these keep it busy for ever, or end the process.
+# Invalid masks and what the messages say. With most of these, pycocotools never returns or ends the process.
 BROKEN_MASKS = [
     ({**RLE, "counts": RLE["counts"][:-1] + "o"}, "broken RLE"),
     ({**RLE, "counts": RLE["counts"] + "11"}, "broken RLE: counts .* run over 18082 pixels, its size is 100 x 120"),

@@ -38,7 +38,7 @@ def iou(a, b):
 
 
 def forms(polygon, size):
-    """The same mask as polygons, as RLE and as bitmap."""
+    """A mask as polygons, as RLE and as bitmap."""
     bitmap = polygon_mask(polygon, size)
     return {"polygon": [polygon], "rle": coco_mask.encode(np.asfortranarray(bitmap.astype(np.uint8))), "bitmap": bitmap}
 

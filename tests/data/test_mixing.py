@@ -25,7 +25,7 @@ from sharpmask_d2.modeling.feature_pyramid.labels import enlarged, score_targets
         ([100, 50], [1.0, 1.0], [100, 50]),
         ([100, 500], [1.0, 0.2], [100, 25]),
         ([100, 500, 500], [1.0, 0.25, 0.25], [100, 50, 50]),
-        # Smaller than its share, a dataset is there as a whole.
+        # A dataset that is smaller than its share is used as a whole.
         ([100, 10], [1.0, 0.5], [100, 10]),
         ([80, 20, 500], [1.0, 0.4, 0.5], [80, 20, 100]),
     ],

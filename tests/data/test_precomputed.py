@@ -414,7 +414,7 @@ def test_generated_proposals_are_in_the_frame_of_the_original_image(online_cfg):
 
 
 class _Fixed(torch.nn.Module):
-    """In the place of a generator: the objects of an image as proposals, as large as the network sees them."""
+    """Stands for a generator: proposes the objects of an image, in the frame of the resized image."""
 
     def __init__(self, rles: list, scale: float):
         super().__init__()

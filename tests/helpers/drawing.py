@@ -22,11 +22,11 @@ SHAPES = ("rectangle", "ellipse", "triangle")
 
 
 class DrawnDataset(NamedTuple):
-    """A dataset in COCO format on disk, and what was drawn: image_id -> list of (H, W) bool masks, crowds not counted."""
+    """A drawn dataset in COCO format on disk."""
 
-    annotations: Path
-    image_root: Path
-    masks: dict
+    annotations: Path  # the JSON file
+    image_root: Path  # folder of the images
+    masks: dict  # image_id -> list of (H, W) bool masks of its objects without crowds
 
 
 def draw_polygon(shape: str, box) -> list:
@@ -47,7 +47,7 @@ def polygon_mask(polygon: list, size: tuple) -> np.ndarray:
 
 
 def uncompressed_rle(mask: np.ndarray) -> dict:
-    """A mask as RLE with a list of counts, as COCO has it for crowds."""
+    """A mask (H, W) as RLE with a list of counts, as COCO stores crowds."""
     flat = np.concatenate([[0], mask.T.ravel(), [0]]).astype(np.int8)
     edges = np.flatnonzero(np.diff(flat))
     counts = np.diff(np.concatenate([[0], edges, [mask.size]]))
@@ -79,13 +79,13 @@ def draw_dataset(
         folder: gets instances.json and images/.
         num_images: their ids are 1, 2, ...
         size: (H, W).
-        objects_per_image: at most 6; two categories, 3 and 7, by turns.
+        objects_per_image: at most 6; their categories alternate between 3 and 7.
         rle: masks as compressed RLE, not as polygons.
-        crowd: image 1 has a crowd (uncompressed RLE) where its last object would have been.
+        crowd: the last object of image 1 is a crowd, in uncompressed RLE.
         grey: image 1 is a greyscale file.
         exif: image 1 is a JPEG stored on its side, with orientation tag 6; the annotations are for the upright image.
-        empty: one image more, without objects.
-        seed: the pixels and places depend on it and on the image's number only.
+        empty: add an image without objects.
+        seed: of the pixels and places, which otherwise depend on the image's number only.
 
     Returns:
         DrawnDataset.
@@ -148,7 +148,7 @@ def _places(count: int, size: tuple, rng) -> list:
 def _save(pixels: np.ndarray, path: Path, *, grey: bool, exif: bool) -> None:
     if exif:
         tags = Image.Exif()
-        # 6: turn clockwise to see it upright, so it is stored turned the other way.
+        # 6: viewers rotate the image clockwise, so it is stored rotated the other way.
         tags[EXIF_ORIENTATION] = 6
         Image.fromarray(np.ascontiguousarray(np.rot90(pixels))).save(path, exif=tags, quality=95, subsampling=0)
     else:

@@ -61,12 +61,12 @@ def test_masks_without_a_certain_cell_come_last():
 def test_an_uncertain_mask_is_ranked_behind_a_certain_one(mask_nms):
     masks, scores = cones([2.0, 5.0, 4.0]), torch.tensor([1.0, 0.9, -4.0])
     plain = build_proposals(scores, masks, nms_thresh=1.0, mask_nms=mask_nms)
-    sorted_anew = build_proposals(scores, masks, nms_thresh=1.0, stability=True, mask_nms=mask_nms)
+    reordered = build_proposals(scores, masks, nms_thresh=1.0, stability=True, mask_nms=mask_nms)
     assert plain.proposal_masks.windows[:, 0].tolist() == [0, 56, 112]
-    assert sorted_anew.proposal_masks.windows[:, 0].tolist() == [56, 0, 112]
-    assert torch.equal(sorted_anew.proposal_boxes.tensor, sorted_anew.proposal_masks.boxes().tensor)
+    assert reordered.proposal_masks.windows[:, 0].tolist() == [56, 0, 112]
+    assert torch.equal(reordered.proposal_boxes.tensor, reordered.proposal_masks.boxes().tensor)
     expected = scores.sigmoid() * mask_stability(masks)
-    torch.testing.assert_close(sorted_anew.objectness_logits.sigmoid(), expected[[1, 0, 2]], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(reordered.objectness_logits.sigmoid(), expected[[1, 0, 2]], atol=1e-5, rtol=1e-4)
 
 
 def test_scores_that_are_not_finite_are_left_out():
