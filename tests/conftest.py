@@ -25,7 +25,7 @@ def make_dataset():
 
 @pytest.fixture
 def tiny_cfg(tmp_path):
-    """A config of a SharpMask that runs in a moment: ResNet-18, thin heads, two scales; not frozen."""
+    """The config of a small, fast SharpMask: ResNet-18, narrow heads, two scales, no frozen layers."""
     cfg = get_cfg()
     add_sharpmask_config(cfg)
     cfg.MODEL.META_ARCHITECTURE = "SharpMaskProposalNetwork"
@@ -52,7 +52,7 @@ def tiny_cfg(tmp_path):
 
 @pytest.fixture
 def photographs(tmp_path):
-    """Three small images; the second is greyscale."""
+    """A folder of three small images; the second is greyscale."""
     folder = tmp_path / "photographs"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -64,7 +64,7 @@ def photographs(tmp_path):
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference material, data and weights that lies beside the repository."""
+    """The folder of reference data and weights beside the repository; tests that need it are skipped without it."""
     path = ROOT.parent / "shared"
     if not path.is_dir():
         pytest.skip(f"needs the folder {path}, which is not part of the repository")

@@ -1,4 +1,4 @@
-"""Files that ask for code to be run are refused, and the code is not run."""
+"""Files whose content asks to run code are refused, and the code is not run."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -17,7 +17,7 @@ from sharpmask_d2.inference.configuration import build_config
 
 
 class _Touch:
-    """Pickled, it asks for a file to be made."""
+    """An object whose pickle asks to create a file when it is read."""
 
     def __init__(self, path):
         self.path = str(path)

@@ -1,4 +1,4 @@
-"""Annotation files from outside: the one reader of them, and the checks that masks pass before pycocotools gets them."""
+"""The reader of annotation files, and the checks of masks before pycocotools reads them."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -107,7 +107,7 @@ def test_invalid_masks_are_named(tmp_path, mask, message):
         check_masks([*good, mask, *good], [SIZE] * 7)
     assert raised.value.index == 3
     assert "\n" not in str(raised.value)
-    # In every file of annotations, and in datasets for training.
+    # Both in annotation files and in datasets for training.
     path = write(tmp_path / "a.json", with_object(segmentation=mask, id=17))
     with pytest.raises(AnnotationError, match=f"annotation 17 of image 3: segmentation .*({message})") as raised:
         load_annotations(path)
@@ -135,7 +135,7 @@ def test_valid_masks_equal_those_of_pycocotools():
 
 
 def decoded_one_by_one(text: bytes) -> int:
-    """What `count_pixels` is to return, written as a loop over characters."""
+    """The result of `count_pixels`, computed by a loop over characters."""
     counts, number, digits = [], 0, 0
     for character in text:
         digit = character - 48
@@ -256,7 +256,7 @@ def test_optional_fields_may_be_missing(tmp_path, caplog):
     assert sorted(map(str, loaded.imgs)) == ["3", "b"]
     assert [len(loaded.imgToAnns[i]) for i in (3, "b")] == [2, 1]
     assert "1 of 4 annotations belong to images that it does not list" in caplog.text
-    # Only what is asked for is looked at.
+    # Only the fields that are present are checked.
     images = {"images": [IMAGE], "annotations": "none"}
     assert load_images(write(tmp_path / "b.json", images)) == [(3, "3.png")]
     with pytest.raises(FileNotFoundError):
@@ -268,7 +268,7 @@ def test_optional_fields_may_be_missing(tmp_path, caplog):
 
 @pytest.fixture
 def register(tmp_path):
-    """Registers a dataset with some content as a script's --dataset does; afterwards its name is free again."""
+    """A function that registers a dataset of some content as the option --dataset does; the name is freed afterwards."""
     name = "from_outside"
 
     def register_content(content) -> str:

@@ -75,7 +75,7 @@ def test_mask_against_decoding_and_cropping(form, shape, region):
     size, m = (180, 200), 112
     polygon = draw_polygon(shape, (40, 30, 170, 150))
     x0, y0, side = region
-    # Every pixel of the result looks up the image pixel under its centre.
+    # Every pixel of the result equals the image pixel under its centre.
     at = np.floor(np.array([[x0], [y0]]) + (np.arange(m) + 0.5) * side / m).astype(int) + 500
     expected = np.pad(polygon_mask(polygon, size), 500)[np.ix_(at[1], at[0])]
     assert expected.any()
@@ -317,7 +317,7 @@ def test_degenerate_polygons_beside_good_ones_are_left_out():
 
 
 def load(dataset):
-    """Dataset dicts, as Detectron2 reads them."""
+    """Detectron2's dataset dicts of a drawn dataset."""
     return load_coco_json(str(dataset.annotations), str(dataset.image_root))
 
 
@@ -326,7 +326,7 @@ def make_mapper(cfg, **options):
 
 
 def colored(patch):
-    """Pixels of drawn objects in a patch (3, S, S): the background is grey."""
+    """Which pixels of a patch (3, S, S) belong to drawn objects: these are coloured, the background is grey."""
     return (patch.max(0) - patch.min(0)) > 90
 
 
@@ -359,7 +359,7 @@ def test_mapper_makes_the_inputs_of_the_network(make_dataset, tiny_cfg, tmp_path
 
 
 def test_patch_is_the_window_with_context_around_it(picture, tiny_cfg):
-    """A window of 80 pixels becomes the middle 160 of a patch of 192, which shows 96."""
+    """A window of 80 pixels becomes the central 160 pixels of a patch of 192, which covers 96 pixels of the image."""
     objects, window = image_objects([(5, 5, 45, 30)]), np.array([[-10.0, -20, 70, 60]])
     one = np.ones(1, bool)
     mapper = make_mapper(tiny_cfg)
@@ -374,7 +374,7 @@ def test_patch_is_the_window_with_context_around_it(picture, tiny_cfg):
 @pytest.mark.parametrize("exif", [False, True], ids=["upright", "exif"])
 @pytest.mark.parametrize("rle", [False, True], ids=["polygons", "rle"])
 def test_masks_lie_on_the_drawn_objects(make_dataset, tiny_cfg, tmp_path, exif, rle):
-    """Over shifts, scales, flips and borders: the coloured pixels of a patch are those of its mask."""
+    """For all shifts, scales, flips and borders, the coloured pixels of a patch are those of its mask."""
     tiny_cfg.MODEL.SHARPMASK.SAMPLING.MASK_FRACTION = 1.0
     dataset = make_dataset(tmp_path, num_images=2, objects_per_image=1, size=(90, 130), exif=exif, rle=rle)
     mapper = make_mapper(tiny_cfg)
@@ -382,7 +382,7 @@ def test_masks_lie_on_the_drawn_objects(make_dataset, tiny_cfg, tmp_path, exif, 
         sample = mapper(dataset_dict, np.random.default_rng(seed))
         assert sample["labels"].all()
         for patch, mask in zip(sample["patches"].numpy(), sample["masks"].numpy()):
-            # 0.9: enlarging an object of 30 pixels leaves a soft edge, and the odd JPEG block.
+            # 0.9, because enlarging an object of 30 pixels blurs its edge, and JPEG adds blocks.
             assert iou(window_of(colored(patch)), mask) > 0.9
 
 
@@ -482,7 +482,7 @@ def test_color_jitter_moves_brightness_contrast_and_saturation(make_dataset, tin
     ],
 )
 def test_saturation_contrast_and_brightness(factors, expected):
-    """Towards the pixel's mean (50 and 70), towards the image's mean (60), and away from black."""
+    """Saturation moves values towards the pixel's mean (50 and 70), contrast towards the image's mean (60), brightness away from black."""
 
     class Given:
         def uniform(self, low, high, count):
@@ -538,7 +538,7 @@ def test_instances_of_detectron2s_mapper(make_dataset, tiny_cfg, tmp_path, mask_
     mapped = stock(dataset_dict)
     mapper = make_mapper(tiny_cfg)
     sample = mapper.cut_instances(mapped["image"], mapped["instances"], np.random.default_rng(0))
-    # The same object list without its crowd, read by our own mapper.
+    # The list of objects without its crowd, read by our mapper.
     dataset_dict["annotations"] = [a for a in dataset_dict["annotations"] if not a["iscrowd"]]
     own = mapper(dataset_dict, np.random.default_rng(0))
     for key in ("patches", "labels", "pays_mask", "pays_score"):
@@ -568,7 +568,7 @@ def test_instances_of_an_image_without_objects(make_dataset, tiny_cfg, tmp_path)
 
 @pytest.fixture
 def batches(make_dataset, tiny_cfg, tmp_path):
-    """Makes a stream of batches from number `start` on."""
+    """A function that makes a stream of batches, of which `start` is the first."""
     dicts = load(make_dataset(tmp_path, num_images=5, rle=True, crowd=True))
 
     def make(start=0, seed=1):
@@ -675,7 +675,7 @@ def test_batch_size_has_to_be_a_multiple_of_the_processes(registered, tiny_cfg, 
 
 
 def test_balanced_categories_are_drawn_equally_often(registered, tiny_cfg):
-    """Category 0 has two objects an image and category 1 one; objects too small to learn from change nothing."""
+    """Category 0 has two objects per image, category 1 one. Objects that are too small for targets have no effect."""
     dicts = DatasetCatalog.get(registered)
     speck = dict(dicts[0]["annotations"][0], bbox=[1, 1, 4, 4], category_id=1)
     speck["segmentation"] = [draw_polygon("rectangle", (1, 1, 5, 5))]

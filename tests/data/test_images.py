@@ -1,4 +1,4 @@
-"""Images from outside: files of many kinds, and what predictors are given."""
+"""Images from files of many formats, and the forms of images that predictors accept."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 

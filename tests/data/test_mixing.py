@@ -1,4 +1,4 @@
-"""Training on several datasets: shares of an epoch, and annotations that are not exhaustive."""
+"""Training on several datasets: their shares of an epoch, and annotations that are not exhaustive."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -138,13 +138,13 @@ def test_targets_of_scores_against_a_slow_definition(exhaustive):
         exhaustive=exhaustive,
     )
     number, seen = 0, set()
-    # Side of an object that fits DeepMask's window of 160 pixels canonically.
+    # Larger side of an object whose canonical window has 160 pixels, as in the label rule.
     canonical = 92
     for stride, (rows, columns) in zip([4, 8, 16], sizes):
         for cells in (5, 7):
             for row, column in itertools.product(range(rows), range(columns)):
                 x, y = (column + 0.5) * stride, (row + 0.5) * stride
-                # The larger side of an object that this window would be canonical for.
+                # Larger side of an object for which this window is canonical.
                 fitting = 0.8 * cells * stride
                 target, known = 0.0, exhaustive
                 for x0, y0, x1, y1 in boxes.tolist():

@@ -1,4 +1,4 @@
-"""Precomputed proposals in detectors: the pickles and their masks, the mapper, training and evaluation."""
+"""Precomputed proposals in detectors: pickles with masks, the mapper, training and evaluation."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -55,7 +55,7 @@ def drawn(make_dataset, tmp_path):
 
 @pytest.fixture
 def entries(drawn):
-    """Proposals of the images; the last has none."""
+    """Results of the images, as `write_pickle` takes them; the last image has none."""
     rng = np.random.default_rng(0)
     entries = [{"image_id": i, "results": draw_proposals(masks, rng)} for i, masks in drawn[1].items()]
     entries[-1]["results"] = []
@@ -64,7 +64,7 @@ def entries(drawn):
 
 @pytest.fixture
 def pickled(entries, tmp_path):
-    """Their pickle."""
+    """Path of the pickle of these results."""
     path = tmp_path / "proposals.pkl"
     write_pickle(entries, str(path), masks=True)
     return str(path)
@@ -81,7 +81,7 @@ def with_proposals(cfg, path: str):
 
 @pytest.fixture
 def cfg(tiny_cfg, pickled):
-    """Fast R-CNN that keeps the masks of the pickle's proposals."""
+    """The config of a Fast R-CNN that reads the pickle and keeps the masks of its proposals."""
     return with_proposals(to_detector(tiny_cfg, "ProposalMaskROIHeads"), pickled)
 
 
@@ -207,10 +207,10 @@ def test_pasted_sampled_masks_equal_the_masks_closely():
     for sides, masks in (((3, 15), small), ((30, 200), large)):
         for _ in range(30):
             polygon = rng.normal(0, 1, (7, 2))
-            # By angle, the corners make a shape in one piece.
+            # Sorted by angle, the corners form a connected shape.
             polygon = polygon[np.arctan2(*polygon.T).argsort()] * rng.uniform(*sides, (1, 2)) + (320, 240)
             masks.append(cv2.fillPoly(np.zeros((480, 640), np.uint8), [polygon.round().astype(np.int32)], 1))
-    # At the borders, and everywhere.
+    # A mask at the border of the image, and one that fills it.
     large += [np.pad(np.ones((100, 50), np.uint8), ((0, 380), (590, 0))), np.ones((480, 640), np.uint8)]
     pasted = sample_masks([compressed_rle(mask) for mask in small + large], (480, 640)).paste().numpy()
     ious = [_iou(mask > 0, back) for mask, back in zip(small + large, pasted)]
@@ -226,7 +226,7 @@ def test_no_masks_and_empty_masks_can_be_sampled():
 
 
 def _resized(mask: np.ndarray, size: tuple, flip: bool) -> np.ndarray:
-    """Nearest neighbour, by whole-number arithmetic of pixel centres."""
+    """Resized by nearest neighbour, in integer arithmetic of pixel centres."""
     rows = ((np.arange(size[0]) + 0.5) * mask.shape[0] / size[0]).astype(int)
     columns = ((np.arange(size[1]) + 0.5) * mask.shape[1] / size[1]).astype(int)
     mask = mask[rows][:, columns]
@@ -328,7 +328,7 @@ def test_a_detector_trains_and_is_evaluated(cfg, amp):
     layer.register_forward_hook(lambda module, inputs, output: seen.append((module.training, output.dtype)))
     trainer.train()
     assert (True, torch.bfloat16 if amp else torch.float32) in seen
-    # The evaluation is none of the training's business, nor is its precision.
+    # The evaluation does not depend on the precision of training.
     assert {dtype for training, dtype in seen if not training} == {torch.float32}
     assert np.isfinite(trainer.storage.history("total_loss").latest())
     results = trainer._last_eval_results
@@ -343,7 +343,7 @@ def test_recall_of_a_pickle_equals_that_of_the_results(pickled, entries, drawn):
     assert found.keys() == {"proposal_segm", "proposal_bbox"}
     for kind in ("segm", "bbox"):
         assert found[f"proposal_{kind}"] == pytest.approx(expected[kind], nan_ok=True)
-    # Two images of three have all their objects among their proposals.
+    # In two of the three images, all objects are among the proposals.
     assert 50 < found["proposal_segm"]["AR@100"] < 80
 
 
@@ -368,7 +368,7 @@ def test_eval_only_of_a_detector_prints_ap_and_recall(cfg, drawn, tmp_path):
 
 @pytest.fixture
 def online_cfg(tiny_cfg, drawn):
-    """A detector with the online generator, its images enlarged twice."""
+    """The config of a detector with a proposal generator, whose images are enlarged by a factor of 2."""
     cfg = to_detector(tiny_cfg, "ProposalMaskROIHeads")
     cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMask"
     cfg.MODEL.SHARPMASK.TEST.SCALES = [-1.0]
@@ -384,7 +384,7 @@ def test_a_detector_with_its_own_proposals_is_evaluated_with_them(online_cfg):
     results = Trainer.test(online_cfg, model)
     assert list(results) == ["bbox", "segm", "proposal_segm", "proposal_bbox"]
     assert json.loads(Path(online_cfg.OUTPUT_DIR, "proposal_metrics.json").read_text()).keys() == {"segm", "bbox"}
-    # As it was found.
+    # The model is unchanged afterwards.
     assert not model.training
     assert not model.roi_heads.training
     assert not model.proposal_generator._forward_hooks

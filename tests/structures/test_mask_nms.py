@@ -60,7 +60,7 @@ def test_masks_without_a_pixel_overlap_nothing():
 
 
 def decayed_slowly(probabilities: list, overlaps, sigma: float) -> list:
-    """SOLOv2, equations 4 and 5, one pair at a time."""
+    """Equations 4 and 5 of SOLOv2 in loops over pairs."""
     result = []
     for j, probability in enumerate(probabilities):
         factor = 1.0

@@ -1,4 +1,4 @@
-"""Stability of masks against bitmaps of both thresholds, and what it does to the order of proposals."""
+"""Stability of masks against bitmaps at both thresholds, and its effect on the order of proposals."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -16,7 +16,7 @@ from sharpmask_d2.structures.mask_stability import mask_stability
 
 
 def cones(peaks: list, threshold: float = 0.0, side: int = 56) -> WindowMasks:
-    """Round masks side by side whose logits fall from the centre by 2 in each of 8 pixels, a cell being one."""
+    """Round masks side by side, whose logits fall by 2 per 8 pixels from the centre; a cell is one pixel."""
     at = torch.arange(side) + 0.5 - side / 2
     distance = (at[:, None] ** 2 + at**2).sqrt()
     logits = torch.stack([peak - distance / 4 for peak in peaks])
@@ -36,12 +36,12 @@ def test_stability_is_the_iou_of_the_bitmaps_at_both_thresholds(margin, dtype):
     ]
     expected = mask_util.iou(*both, [0] * len(masks)).diagonal()
     assert expected.min() < 0.9
-    # Bitmaps lie at the centres of cells here, so that both count the same.
+    # Pixel centres are cell centres here, so that bitmaps and grids have equal areas.
     torch.testing.assert_close(mask_stability(masks, margin=margin), torch.tensor(expected).float())
 
 
 def test_stability_of_a_cone_is_the_quotient_of_two_circles():
-    # The radii at which the logit is 1 and -1 are as the peak less and plus 1.
+    # The radii at which the logit is 1 and -1 are proportional to peak - 1 and peak + 1.
     found = mask_stability(cones([2.0, 4.0, 5.5]))
     assert found.tolist() == pytest.approx([1 / 9, 9 / 25, 81 / 169], abs=0.02)
 
@@ -52,7 +52,7 @@ def test_masks_without_a_certain_cell_come_last():
     assert found.tolist() == pytest.approx([4 / 9, 1e-3, 1e-3], abs=0.02)
     assert mask_stability(masks[:0]).shape == (0,)
     proposals = build_proposals(torch.tensor([-3.0, 2.0, 3.0]), masks, nms_thresh=1.0, stability=True)
-    # The second has pixels, though none is sure; the third has none.
+    # The second mask has pixels but no certain one; the third has none.
     assert proposals.proposal_masks.windows[:, 0].tolist() == [0, 56]
     assert proposals.objectness_logits.isfinite().all()
 

@@ -21,7 +21,7 @@ THRESHOLD = math.log(0.25)
 
 
 def draw_windows(generator, kind, count):
-    """XYXY windows; centres up to a third of the image outside it."""
+    """XYXY windows, whose centres lie up to a third of the image outside it."""
     size = torch.tensor([WIDTH, HEIGHT])
     centre = (torch.rand(count, 2, generator=generator) * 5 / 3 - 1 / 3) * size
     half = {
@@ -37,7 +37,7 @@ def draw_windows(generator, kind, count):
 
 
 def draw_logits(generator, count, side, smooth):
-    """White noise, or noise on a grid of 4 x 4 enlarged: a few blobs."""
+    """Logits of white noise or, if smooth, of a few blobs: noise on a grid of 4 x 4 that is enlarged."""
     if not smooth:
         return 3 * torch.randn(count, side, side, generator=generator)
     noise = 4 * torch.randn(count, 1, 4, 4, generator=generator)
@@ -97,7 +97,7 @@ def assert_encoded_like_coco(masks):
 
 
 def masks_of_bitmaps(bitmaps):
-    """Square bitmaps as window masks: the window is the image, so that every pixel centre is a cell centre."""
+    """Window masks of square bitmaps. The window is the image, so that every pixel centre is a cell centre."""
     count, side, _ = bitmaps.shape
     windows = torch.tensor([0.0, 0.0, side, side]).expand(count, 4)
     return WindowMasks(bitmaps.float() * 4 - 3, windows, (side, side))

@@ -1,4 +1,4 @@
-"""Published proposals: JSON chunks and MultiPath's .t7, read and written as this package's proposal files."""
+"""Conversion of published proposals, JSON chunks and .t7 files of MultiPath, to this package's proposal files."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -26,7 +26,7 @@ from torch7_writer import dumps
 
 TOOL = ROOT / "tools" / "convert_proposals.py"
 
-# y1, x1, y2, x2, with no two numbers alike.
+# y1, x1, y2, x2; within an image all numbers differ, so that no mix-up goes unseen.
 BOXES = {139: [[10, 20, 41.5, 93], [3, 5, 60, 17]], 285: [], 632: [[1, 2, 30, 90.25]]}
 SCORES = {139: [0.25, 0.75], 285: [], 632: [0.5]}
 NAMES = ["COCO_val2014_000000000139.jpg", "COCO_val2014_000000000285.jpg", "COCO_val2014_000000000632.jpg"]
@@ -55,7 +55,7 @@ def _arrays(per_image: dict) -> list:
 
 
 def _torch7(**changes) -> dict:
-    """A file's table with some entries changed, or without them for None."""
+    """The table of a file with some entries changed, or removed if they are None."""
     content = {"images": NAMES, "boxes": _arrays(BOXES), "scores": _arrays(SCORES), **changes}
     return {key: value for key, value in content.items() if value is not None}
 
@@ -71,7 +71,7 @@ def _dicts(image_ids) -> list:
 
 @pytest.fixture
 def drawn(make_dataset, tmp_path):
-    """A drawn dataset with its masks as a segment chunk each of image 1 and of images 2 and 3; scores rise within an image."""
+    """A drawn dataset, and a folder with its masks in two chunks, of image 1 and of images 2 and 3; scores rise within an image."""
     dataset = make_dataset(tmp_path / "data")
     folder = tmp_path / "chunks"
     folder.mkdir()
@@ -148,7 +148,7 @@ def test_torch7_boxes_are_converted_to_x_y_width_height(tmp_path, scored, column
     xyxy = {i: [[x1, y1, x2, y2] for y1, x1, y2, x2 in boxes] for i, boxes in BOXES.items()}
     assert loaded[285] == []
     assert loaded[632] == xyxy[632]
-    # Of equal scores the order is Detectron2's.
+    # Detectron2 decides the order of equal scores.
     assert loaded[139] == xyxy[139][::-1] if scored else sorted(loaded[139]) == sorted(xyxy[139])
 
 
