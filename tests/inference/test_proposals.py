@@ -222,7 +222,7 @@ def test_proposals_of_all_scales_are_the_best_of_each(tiny_cfg):
     image = torch.rand(3, 96, 130, generator=torch.Generator().manual_seed(0)) * 255
     found = []
     for pyramid.exponents in ([-1.0, -0.5, 0.0], [-1.0], [-0.5], [0.0]):
-        proposals = pyramid(image)
+        (proposals,) = pyramid(image[None])
         scores, windows = proposals.objectness_logits.tolist(), proposals.proposal_masks.windows.tolist()
         found.append(list(zip(scores, map(tuple, windows), proposals.proposal_masks.logits)))
     together, *each = found

@@ -53,12 +53,12 @@ def test_the_packaged_weights_fit_the_config_they_were_trained_with():
 
 
 def test_get_builds_the_model_on_the_device_with_its_weights():
-    model = model_zoo.get_config("sharpmask_lite0", device="cpu")
+    model = model_zoo.get("sharpmask_lite0", device="cpu")
     assert_has_packaged_weights(model, "sharpmask_lite0")
     assert model.device.type == "cpu"
     assert model.training
     torch.manual_seed(0)
-    random = model_zoo.get_config("sharpmask_lite0", trained=False, device="cpu")
+    random = model_zoo.get("sharpmask_lite0", trained=False, device="cpu")
     assert not torch.equal(next(random.parameters()), next(model.parameters()))
 
 
@@ -72,7 +72,7 @@ def test_get_builds_the_model_on_the_device_with_its_weights():
         (lambda: model_zoo.get_config("deepmask_R_51.yaml"), r"no config file 'deepmask_R_51\.yaml': .*deepmask_R_50"),
         (lambda: model_zoo.get_config("../configs/deepmask_R_50.yaml"), "no config file"),
         (lambda: model_zoo.get_config("deepmask_R_50.yaml", trained=True), "no trained weights for 'deepmask_R_50"),
-        (lambda: model_zoo.get_config("sharpmask_lite0", device="nonsense"), "MODEL.DEVICE is 'nonsense'"),
+        (lambda: model_zoo.get("sharpmask_lite0", device="nonsense"), "MODEL.DEVICE is 'nonsense'"),
     ],
 )
 def test_mistakes_are_answered_with_what_there_is(ask, message):

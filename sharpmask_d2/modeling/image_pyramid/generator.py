@@ -121,8 +121,7 @@ class ImagePyramid(SegmentGenerator):
             raise UserError(
                 "a network on an image pyramid decodes the windows of its grids only: use a model on a feature pyramid for other windows"
             )
-        size = self.network.mask_branch.mask_size
-        logits = features.grids[0].scores.new_empty((len(windows.cells), size, size))
+        logits = None
         for grid, (ys, xs), places in zip(features.grids, *_by_level(features, windows.cells)):
             if len(ys) == 0:
                 continue
@@ -131,7 +130,8 @@ class ImagePyramid(SegmentGenerator):
                 own, torch.zeros_like(ys), ys, xs, windows_per_batch=self.windows_per_batch
             )
             for batch, batch_places in zip(batches, places.split(self.windows_per_batch)):
-                logits[batch_places] = batch.to(logits.dtype)
+                logits = batch.new_empty((len(windows.cells), *batch.shape[1:])) if logits is None else logits
+                logits[batch_places] = batch
         return logits
 
     def levels(self, image_size: tuple, octaves: float = 0.0) -> list:

@@ -315,10 +315,10 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
         """Decodes the masks of any windows: see `SegmentGenerator.decode`."""
         boxes = windows.boxes
         refined = boxes.new_ones(len(boxes), dtype=torch.bool) if windows.refined is None else windows.refined
-        logits = features.scores.new_empty((len(boxes), self.decoder.mask_size, self.decoder.mask_size))
+        places, masks = [], []
         for chosen, is_refined in ((refined, True), (~refined, False)):
-            for places in chosen.nonzero()[:, 0].split(self.windows_per_batch):
-                images = torch.full_like(places, windows.image)
-                masks = self.decoder.masks(features.tables, images, boxes[places], refined=is_refined)
-                logits[places] = masks.to(logits.dtype)
-        return logits
+            for part in chosen.nonzero()[:, 0].split(self.windows_per_batch):
+                images = torch.full_like(part, windows.image)
+                masks.append(self.decoder.masks(features.tables, images, boxes[part], refined=is_refined))
+                places.append(part)
+        return torch.cat(masks)[torch.cat(places).argsort()]
