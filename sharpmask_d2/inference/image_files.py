@@ -126,7 +126,7 @@ def process_images(
         The finished images in their order, as `ProposalWriter.finish` takes them, and the images that failed.
     """
     failed = FailedImages()
-    names = name_pictures(list(images)) if pictures and draw else [None] * len(images)
+    names = name_pictures(images) if pictures and draw else [None] * len(images)
     keys = _known_keys(images, writer)
     if keys:
         print(f"{len(keys)} of {len(images)} images are done already, in {writer.partial}")

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Iterable, Iterator, KeysView
+from collections.abc import Iterable, Iterator, KeysView, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -208,7 +208,7 @@ class ProposalWriter:
         self,
         pickle_path: Optional[str] = None,
         *,
-        images: Optional[list[tuple[Key, dict[str, Any]]]] = None,
+        images: Optional[Sequence[tuple[Key, dict[str, Any]]]] = None,
         pickle_masks: bool = False,
         keep_partial: bool = False,
     ) -> int:

@@ -15,10 +15,13 @@ from ..io.outputs import write_output
 class NamedImage(Protocol):
     """The properties of an input image from which the name of its picture is made."""
 
-    # Path relative to the input folder, with "/" as separator.
-    name: str
-    # Unique among all images.
-    image_id: object
+    @property
+    def name(self) -> str:
+        """Path relative to the input folder, with "/" as separator."""
+
+    @property
+    def image_id(self) -> object:
+        """Unique among all images."""
 
 
 def write_picture(path: Path, pixels: np.ndarray) -> None:
