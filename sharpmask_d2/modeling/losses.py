@@ -9,7 +9,7 @@ Shape letters: N windows, M mask side.
 import torch
 from detectron2.utils import comm
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits
 
 
 def _mean_over(values: Tensor, mask: Tensor) -> Tensor:
@@ -89,6 +89,26 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
     total = (probabilities**2).sum(dim=1) + (targets**2).sum(dim=1)
     # The one keeps a window without foreground from dividing by zero.
     return (1 - (2 * common + 1) / (total + 1)).sum() / _share(total.new_tensor(len(logits)))
+
+
+def refinement_losses(masks: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
+    """Losses of masks before and after each step of refinement; those before the last one are supervised for the sake of training.
+
+    Args:
+        masks: logits (N, m, m) of each step, coarse to fine. The last has side M, of which each side m is a divisor.
+        targets: (N, M, M) in {0, 1}.
+
+    Returns:
+        scalars, 0 if there is no window: "mask" and "dice" of the last step (`mask_loss`, `dice_loss`), and "side", the sum of `mask_loss`
+        over the others, whose targets are means over the cells of theirs.
+    """
+    every = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+    reduced = [avg_pool2d(targets.float()[:, None], targets.shape[-1] // mask.shape[-1])[:, 0] for mask in masks]
+    return {
+        "mask": mask_loss(masks[-1], reduced[-1], every),
+        "dice": dice_loss(masks[-1], reduced[-1]),
+        "side": sum(mask_loss(mask, part, every) for mask, part in zip(masks[:-1], reduced)),
+    }
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """Masks of any windows of a feature pyramid: features are sampled on a grid of the window, whatever cells of whatever level it covers.
 
-Shape letters: B images, L levels, C channels of the pyramid, N windows, E embedding, k channels of the mask encoding, M mask side.
+Shape letters: B images, L levels, C channels of the pyramid, N windows, E embedding, k channels of the mask encoding, K classes of masks,
+M mask side.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +33,13 @@ class SampledDecoder(nn.Module):
     14 x 14 and at 28 x 28 cells, each with a skip path that is computed once per image (SharpMask, section 3.2).
     """
 
-    def __init__(self, *, in_channels: int, embed_dim: int, channels: int):
+    def __init__(self, *, in_channels: int, embed_dim: int, channels: int, num_classes: int = 1):
         """
         Args:
             in_channels: C.
             embed_dim: E.
             channels: k at 14 x 14 cells; half of it at 28 x 28 cells.
+            num_classes: K, number of classes that have refined masks of their own; default: 1, masks do not depend on a class.
         """
         super().__init__()
         half = channels // 2
@@ -48,10 +50,26 @@ class SampledDecoder(nn.Module):
         self.refine_coarse = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
         self.widen = nn.Conv2d(channels, half, 3, padding=1)
         self.refine_fine = nn.Conv2d(half, half, 3, padding=1)
-        self.to_mask = nn.Conv2d(half, 1, 3, padding=1)
+        self.to_mask = nn.Conv2d(half, num_classes, 3, padding=1)
         # Masks of the intermediate encodings, for deep supervision in training.
         self.side_masks = nn.ModuleList([nn.Conv2d(channels, 1, 1), nn.Conv2d(half, 1, 1)])
-        self.mask_size = 4 * _COARSE_SIDE
+        self.mask_size, self.num_classes = 4 * _COARSE_SIDE, num_classes
+
+    @classmethod
+    def from_config(cls, cfg, in_channels: int, num_classes: int = 1) -> "SampledDecoder":
+        """The decoder that MODEL.SHARPMASK of a config describes.
+
+        Args:
+            cfg: a config, of which EMBED_DIM and REFINEMENT.CHANNELS are read.
+            in_channels, num_classes: see the constructor.
+        """
+        sharpmask = cfg.MODEL.SHARPMASK
+        return cls(
+            in_channels=in_channels,
+            embed_dim=sharpmask.EMBED_DIM,
+            channels=sharpmask.REFINEMENT.CHANNELS,
+            num_classes=num_classes,
+        )
 
     def tables(self, features: list, extents: Tensor, strides: list) -> DecoderTables:
         """
@@ -65,33 +83,43 @@ class SampledDecoder(nn.Module):
             FeatureTable([self.horizontal_fine(x) for x in features], extents, strides),
         )
 
-    def forward(self, tables: DecoderTables, images: Tensor, windows: Tensor) -> list:
+    def forward(self, tables: DecoderTables, images: Tensor, windows: Tensor, classes: Optional[Tensor] = None) -> list:
         """
         Args:
             tables: from `tables`.
             images: (N,) int64, the image of each window.
             windows: (N, 4) XYXY squares in the frame of the resized image, in pixels; they may lie partly or wholly outside.
+            classes: (N,) int64 of 0 .. K - 1, whose refined mask is returned; default: that of class 0.
 
         Returns:
             mask logits of the windows before and after each refinement step: [(N, 14, 14), (N, 28, 28), (N, 56, 56)].
         """
         encoding = self._encode(tables, images, windows)
         fine = self._refine(encoding, tables, images, windows)
-        return [self.side_masks[0](encoding)[:, 0], self.side_masks[1](fine)[:, 0], self._last_mask(fine)]
+        return [self.side_masks[0](encoding)[:, 0], self.side_masks[1](fine)[:, 0], self._last_mask(fine, classes)]
 
-    def masks(self, tables: DecoderTables, images: Tensor, windows: Tensor, *, refined: bool = True) -> Tensor:
+    def masks(
+        self,
+        tables: DecoderTables,
+        images: Tensor,
+        windows: Tensor,
+        *,
+        refined: bool = True,
+        classes: Optional[Tensor] = None,
+    ) -> Tensor:
         """Masks for inference.
 
         Args:
             tables, images, windows: see `forward`.
             refined: False leaves the refinement out, which takes most of the time: the coarse mask is interpolated.
+            classes: see `forward`; coarse masks do not depend on it.
 
         Returns:
             (N, 56, 56) logits.
         """
         encoding = self._encode(tables, images, windows)
         if refined:
-            return self._last_mask(self._refine(encoding, tables, images, windows))
+            return self._last_mask(self._refine(encoding, tables, images, windows), classes)
         coarse = self.side_masks[0](encoding)
         return F.interpolate(coarse, size=(self.mask_size,) * 2, mode="bilinear", align_corners=False)[:, 0]
 
@@ -110,8 +138,9 @@ class SampledDecoder(nn.Module):
         fine = conv_upsampled(encoding, self.widen) + tables.fine.sample_windows(images, windows, 2 * _COARSE_SIDE)
         return self.refine_fine(fine.relu()).relu()
 
-    def _last_mask(self, fine: Tensor) -> Tensor:
-        return conv_upsampled(fine, self.to_mask)[:, 0]
+    def _last_mask(self, fine: Tensor, classes: Optional[Tensor]) -> Tensor:
+        masks = conv_upsampled(fine, self.to_mask)
+        return masks[:, 0] if classes is None else masks[torch.arange(len(masks), device=masks.device), classes]
 
 
 def _skip_path(in_channels: int, out_channels: int) -> nn.Sequential:

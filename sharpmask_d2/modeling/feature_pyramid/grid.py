@@ -1,6 +1,6 @@
 """Windows on a feature pyramid: how they are numbered and where they lie.
 
-Shape letters: L levels, D kinds of windows (numbers of cells), T windows of an image, N of them, Y X cells of a level.
+Shape letters: L levels, D kinds of windows (numbers of cells), T windows of an image, N of them, G objects, Y X cells of a level.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,8 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from ...errors import UserError
-from ...windows.geometry import centred_windows
+from ...windows.geometry import centred_windows, square_windows
+from .labels import enlarged
 
 # Windows that are compared for each that is asked for, before all are: on photographs 2.1 to 2.3 were enough.
 _FIRST = 2.5
@@ -41,7 +42,8 @@ class PyramidWindows:
         """
         if any(coarse != 2 * fine for fine, coarse in zip(strides, strides[1:])):
             raise UserError(
-                f"MODEL.SHARPMASK.FPN.IN_FEATURES: with EXTRA_LEVELS the strides are {list(strides)}, each has to be twice the one before"
+                "MODEL.SHARPMASK.FPN.IN_FEATURES, or for a mask head MODEL.ROI_HEADS.IN_FEATURES: with EXTRA_LEVELS the strides are "
+                f"{list(strides)}, each has to be twice the one before"
             )
         if any(cells % 2 == 0 for cells in window_cells):
             raise UserError(
@@ -50,10 +52,38 @@ class PyramidWindows:
         self.strides, self.window_cells = list(strides), list(window_cells)
         self.object_share = object_share
 
+    @classmethod
+    def from_config(cls, cfg, strides: list) -> "PyramidWindows":
+        """The windows that MODEL.SHARPMASK.FPN of a config describes.
+
+        Args:
+            cfg: a config, of which EXTRA_LEVELS, WINDOW_CELLS and OBJECT_SHARE are read.
+            strides: of the backbone's features in pixels, fine to coarse.
+
+        Raises:
+            UserError: see the constructor.
+        """
+        fpn = cfg.MODEL.SHARPMASK.FPN
+        coarser = [strides[-1] * 2 ** (i + 1) for i in range(fpn.EXTRA_LEVELS)]
+        return cls(strides=[*strides, *coarser], window_cells=fpn.WINDOW_CELLS, object_share=fpn.OBJECT_SHARE)
+
     @property
     def smallest_object(self) -> float:
         """Larger side in pixels of an object that fits the smallest window canonically."""
         return self.object_share * self.strides[0] * min(self.window_cells)
+
+    def canonical_windows(self, boxes: Tensor, mask_window: float) -> Tensor:
+        """The windows that the masks of objects are decoded in.
+
+        Args:
+            boxes: (G, 4) XYXY of the objects in the frame of the resized image, in pixels. Objects that are too small for the smallest
+                window get that window.
+            mask_window: side of the window whose mask is decoded, in sides of the window that is scored.
+
+        Returns:
+            (G, 4) XYXY squares in that frame.
+        """
+        return square_windows(enlarged(boxes, self.smallest_object), self.object_share / mask_window)
 
     def cells(self, numbers: Tensor, sizes: list) -> Cells:
         """Cells of windows.

@@ -1,4 +1,4 @@
-"""Scores of all windows of a feature pyramid, and levels that are coarser than those of the backbone.
+"""Scores of all windows of a feature pyramid.
 
 Shape letters: B images, C channels of the pyramid, Y X cells of a level, D kinds of windows (numbers of cells), K cells along a window.
 """
@@ -6,7 +6,6 @@ Shape letters: B images, C channels of the pyramid, Y X cells of a level, D kind
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -44,25 +43,3 @@ class WindowScores(nn.Module):
         """
         x = self.reduce(feature).relu() * inside
         return torch.cat([predict(match(x).relu()) for match, predict in zip(self.templates, self.predictors)], dim=1)
-
-
-def coarser_levels(feature: Tensor, inside: Tensor, count: int) -> list:
-    """Further levels of a pyramid: each cell is the mean of the two by two before it, of those that are in the image.
-
-    Args:
-        feature: (B, C, Y, X), the coarsest level there is.
-        inside: (B, 1, Y, X), 1 where a cell belongs to its image, else 0.
-        count: of levels to make.
-
-    Returns:
-        `count` maps, each of half the size, rounded up.
-    """
-    levels = []
-    total, weight = feature * inside, inside
-    for _ in range(count):
-        # Sums over padded squares, so that a cell at the border is not diluted by what is outside.
-        odd = 0, total.shape[3] % 2, 0, total.shape[2] % 2
-        total, weight = (4 * F.avg_pool2d(F.pad(x, odd), 2) for x in (total, weight))
-        levels.append(total / weight.clamp(min=1))
-        total, weight = levels[-1] * (weight > 0), (weight > 0).to(weight.dtype)
-    return levels

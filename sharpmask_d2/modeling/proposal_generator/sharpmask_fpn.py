@@ -9,22 +9,22 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.structures import ImageList, Instances
 from torch import Tensor
 
 from ...errors import UserError
-from ...windows.geometry import pyramid_sizes, square_windows
+from ...windows.geometry import square_windows
 from ...windows.targets import mask_targets
 from ..exporting import NotExportable
 from ..feature_pyramid.decoder import DecoderTables, SampledDecoder, jittered_windows
 from ..feature_pyramid.grid import PyramidWindows, spread
 from ..feature_pyramid.labels import enlarged, score_targets
-from ..feature_pyramid.scores import WindowScores, coarser_levels
+from ..feature_pyramid.levels import cells_inside, common_channels, pyramid_levels
+from ..feature_pyramid.scores import WindowScores
 from ..layers import without_gradients
-from ..losses import dice_loss, mask_loss, quality_focal_loss
+from ..losses import quality_focal_loss, refinement_losses
 from ..segment_generator import SegmentGenerator, Windows
 from .learnt import LearntGenerator, check_masks, log_windows
 
@@ -47,12 +47,6 @@ class PyramidFeatures(NamedTuple):
     sizes: list[tuple[int, int]]
     # What the decoder reads.
     tables: DecoderTables
-
-
-def _inside(feature: Tensor, extents: Tensor) -> Tensor:
-    """Which cells of a level (B, C, Y, X) belong to their image, of extents (B, 2): (B, 1, Y, X) bool."""
-    rows, columns = (torch.arange(side, device=feature.device) for side in feature.shape[2:])
-    return (rows < extents[:, :1])[:, None, :, None] & (columns < extents[:, 1:])[:, None, None]
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -129,25 +123,13 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
             raise UserError(
                 f"MODEL.SHARPMASK.FPN.IN_FEATURES: the backbone has no {missing}, its features are {list(input_shape)}"
             )
-        channels = {input_shape[name].channels for name in fpn.IN_FEATURES}
-        if len(channels) > 1:
-            raise UserError(
-                f"MODEL.SHARPMASK.FPN.IN_FEATURES: {fpn.IN_FEATURES} differ in their channels, {sorted(channels)}: one head reads them all"
-            )
-        (channels,) = channels
-        strides = [input_shape[name].stride for name in fpn.IN_FEATURES]
-        geometry = PyramidWindows(
-            strides=strides + [strides[-1] * 2 ** (i + 1) for i in range(fpn.EXTRA_LEVELS)],
-            window_cells=fpn.WINDOW_CELLS,
-            object_share=fpn.OBJECT_SHARE,
-        )
+        shapes = [input_shape[name] for name in fpn.IN_FEATURES]
+        channels = common_channels(shapes, "MODEL.SHARPMASK.FPN.IN_FEATURES")
         return {
             "in_features": fpn.IN_FEATURES,
-            "geometry": geometry,
+            "geometry": PyramidWindows.from_config(cfg, [shape.stride for shape in shapes]),
             "scores": WindowScores(in_channels=channels, channels=fpn.SCORE_CHANNELS, window_cells=fpn.WINDOW_CELLS),
-            "decoder": SampledDecoder(
-                in_channels=channels, embed_dim=sharpmask.EMBED_DIM, channels=sharpmask.REFINEMENT.CHANNELS
-            ),
+            "decoder": SampledDecoder.from_config(cfg, channels),
             "negative_shift": fpn.LABELS.NEGATIVE_SHIFT,
             "negative_octaves": fpn.LABELS.NEGATIVE_OCTAVES,
             "mask_window": fpn.MASK_WINDOW,
@@ -205,13 +187,10 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
             features: of the backbone, name -> (B, C, h, w).
         """
         with nullcontext() if self.training and not self.frozen else without_gradients():
-            levels = [features[name] for name in self.in_features]
-            extents = torch.tensor([pyramid_sizes(size, self.strides) for size in image_sizes], device=levels[0].device)
-            coarsest = _inside(levels[-1], extents[:, len(levels) - 1])
-            levels += coarser_levels(levels[-1], coarsest.to(levels[-1].dtype), len(self.strides) - len(levels))
+            levels, extents = pyramid_levels([features[name] for name in self.in_features], image_sizes, self.strides)
             scores = []
             for number, feature in enumerate(levels):
-                inside = _inside(feature, extents[:, number])
+                inside = cells_inside(feature, extents[:, number])
                 # Not below the least number: minus infinity is the mark of cells outside, also where training has diverged.
                 grid = self.scores(feature, inside.to(feature.dtype)).float().clamp(min=torch.finfo(torch.float32).min)
                 scores.append(grid.masked_fill(~inside, -math.inf).flatten(1))
@@ -227,15 +206,8 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
         masks, targets = self._masks_and_targets(features, gt_instances)
         clear = (labels == 0) | (labels == 1)
         log_windows(scores[clear], labels[clear], masks[-1], targets, len(gt_instances))
-        every = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
-        side = self.decoder.mask_size
-        reduced = [F.avg_pool2d(targets.float()[:, None], side // mask.shape[-1])[:, 0] for mask in masks]
-        losses = {
-            "loss_sharpmask_mask": mask_loss(masks[-1], reduced[-1], every),
-            "loss_sharpmask_dice": dice_loss(masks[-1], reduced[-1]),
-            "loss_sharpmask_side": sum(mask_loss(mask, part, every) for mask, part in zip(masks[:-1], reduced)),
-            "loss_sharpmask_score": quality_focal_loss(scores, labels),
-        }
+        losses = {f"loss_sharpmask_{name}": loss for name, loss in refinement_losses(masks, targets).items()}
+        losses["loss_sharpmask_score"] = quality_focal_loss(scores, labels)
         return {name: loss * self.loss_weights[name] for name, loss in losses.items()}
 
     @torch.no_grad()
@@ -288,13 +260,12 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
         """The windows that the masks of objects are decoded in.
 
         Args:
-            boxes: (G, 4) XYXY of the objects in the frame of the resized image, in pixels. Objects that are too small for the smallest
-                window get that window.
+            boxes: (G, 4) XYXY of the objects in the frame of the resized image, in pixels.
 
         Returns:
-            (G, 4) XYXY squares in that frame.
+            (G, 4) XYXY squares in that frame: see `PyramidWindows.canonical_windows`.
         """
-        return square_windows(enlarged(boxes, self.geometry.smallest_object), self.mask_share)
+        return self.geometry.canonical_windows(boxes, self.mask_window)
 
     def select(self, features: PyramidFeatures) -> list[Windows]:
         """Selects windows of high score over all levels that overlap little: see `grid.spread` and `SegmentGenerator.select`.
