@@ -18,6 +18,8 @@ from sharpmask_d2.engine.trainer import reads_proposal_masks
 from sharpmask_d2.modeling.backbone import VGGTrunk
 
 CONFIGS = ROOT / "configs" / "detection"
+# Features of a BiFPN and of its trunk, and their strides.
+BIFPN = {"s4": 4, "s8": 8, "s16": 16, "s32": 32, "p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
 # Name -> RoI heads, strides of the features of the backbone.
 MODELS = {
     "fast_rcnn_VGG16": ("ProposalMaskROIHeads", {"conv5": 16}),
@@ -28,10 +30,9 @@ MODELS = {
     "fast_rcnn_lite0": ("ProposalMaskROIHeads", {"s16": 16}),
     "faster_rcnn_lite0": ("StandardROIHeads", {"s16": 16}),
     "multipath_lite0": ("MultiPathROIHeads", {"s8": 8, "s16": 16, "s32": 32}),
-    "multipath_bifpn_lite0": (
-        "MultiPathROIHeads",
-        {"s4": 4, "s8": 8, "s16": 16, "s32": 32, "p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128},
-    ),
+    "multipath_bifpn_lite0": ("MultiPathROIHeads", BIFPN),
+    "mask_head_bifpn_lite0": ("StandardROIHeads", BIFPN),
+    "sharpmask_head_bifpn_lite0": ("StandardROIHeads", BIFPN),
 }
 
 
@@ -126,3 +127,11 @@ def test_peers_of_the_feature_pyramid_model_differ_by_their_heads_alone():
     model = build_model(mask_rcnn)
     assert {name: x.shape for name, x in model.backbone.state_dict().items()} == shapes
     assert (model.roi_heads.num_classes, mask_rcnn.TEST.DETECTIONS_PER_IMAGE) == (1, 1000)
+
+
+def test_peers_of_the_mask_head_differ_by_the_mask_head_alone():
+    ours, peer = (load_yaml(name) for name in ("sharpmask_head_bifpn_lite0", "mask_head_bifpn_lite0"))
+    assert (ours.MODEL.ROI_MASK_HEAD.NAME, ours.MODEL.ROI_MASK_HEAD.POOLER_TYPE) == ("SharpMaskHead", "")
+    for cfg in (ours, peer):
+        cfg.OUTPUT_DIR = cfg.MODEL.ROI_MASK_HEAD.NAME = cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE = ""
+    assert ours == peer

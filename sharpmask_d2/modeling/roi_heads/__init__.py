@@ -1,4 +1,4 @@
-"""RoI heads: the parts of the MultiPath network, and heads whose detections keep the masks of their proposals."""
+"""RoI heads: the parts of the MultiPath network, heads whose detections keep the masks of their proposals, and a mask head."""
 
 from .box_voting import vote_boxes
 from .foveal import FovealPooler, FovealTowers, foveal_boxes
@@ -12,9 +12,11 @@ from .proposal_masks import (
     attach_proposal_masks,
     without_masks,
 )
+from .sharpmask_head import BoxROIMasks, SharpMaskHead, resample_masks
 from .skip_pooling import SkipPooler, normalize_regions
 
 __all__ = [
+    "BoxROIMasks",
     "FovealPooler",
     "FovealTowers",
     "IntegralOutputLayers",
@@ -23,11 +25,13 @@ __all__ = [
     "ProposalMaskROIHeads",
     "ProposalMaskRes5ROIHeads",
     "ProposalROIMasks",
+    "SharpMaskHead",
     "SkipPooler",
     "attach_proposal_masks",
     "foveal_boxes",
     "labels_at_thresholds",
     "normalize_regions",
+    "resample_masks",
     "vote_boxes",
     "without_masks",
 ]
