@@ -237,7 +237,8 @@ def add_sharpmask_config(cfg: CN) -> None:
 
     # --- on a feature pyramid (MODEL.PROPOSAL_GENERATOR.NAME: SharpMaskFPN) --------------------------------------------------
     # It reads the backbone, and of the keys above: EMBED_DIM, REFINEMENT.CHANNELS, the weights of the losses, GENERATOR.FROZEN, and TEST
-    # but for SCALES.
+    # but for SCALES. MODEL.ROI_MASK_HEAD.NAME: SharpMaskHead reads EMBED_DIM, REFINEMENT.CHANNELS and TEST.WINDOWS_PER_BATCH, and of the
+    # keys below EXTRA_LEVELS, WINDOW_CELLS, OBJECT_SHARE and MASK_WINDOW; its levels are MODEL.ROI_HEADS.IN_FEATURES.
     _C.FPN = CN()
     # Levels of the backbone's pyramid, fine to coarse, and number of coarser levels that are computed from the last of them.
     _C.FPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6", "p7"]
@@ -267,7 +268,7 @@ def add_sharpmask_config(cfg: CN) -> None:
     _C.FPN.MASK_WINDOWS_PER_IMAGE = 48
     _C.FPN.MASK_JITTER_SHIFT = 0.12
     _C.FPN.MASK_JITTER_OCTAVES = 0.4
-    # Masks of detections: "proposal", those of the proposals they came from; "head", Detectron2's mask head; "none".
+    # Masks of detections: "proposal", those of the proposals they came from; "head", those of MODEL.ROI_MASK_HEAD; "none".
     _C.DETECTION_MASKS = "proposal"
 
     # --- backbones of detectors, beside Detectron2's own; MODEL.BACKBONE.FREEZE_AT counts their stages -----------------------

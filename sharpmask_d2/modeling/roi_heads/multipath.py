@@ -75,8 +75,8 @@ def best_boxes(boxes: Tensor, scores: Tensor, image_size: tuple[int, int]) -> Te
 class MultiPathROIHeads(ProposalMaskROIHeads):
     """`StandardROIHeads` of Detectron2 with the classifier and box regressor of MultiPath, whose parts are configured by `MODEL.MULTIPATH`.
 
-    `MODEL.SHARPMASK.DETECTION_MASKS` selects the masks of detections. A mask head is Detectron2's and uses
-    `MODEL.ROI_HEADS.IN_FEATURES`. If all parts are disabled, the results equal those of `StandardROIHeads` on one feature.
+    `MODEL.SHARPMASK.DETECTION_MASKS` selects the masks of detections. A mask head is that of `MODEL.ROI_MASK_HEAD` and
+    uses `MODEL.ROI_HEADS.IN_FEATURES`. If all parts are disabled, the results equal those of `StandardROIHeads` on one feature.
     """
 
     @configurable
