@@ -9,8 +9,7 @@ Shape letters:
 How masks become runs: bilinear interpolation is separable. After interpolation along x alone, each image column is a piecewise linear
 function of y whose knots are the grid rows. The position at which it crosses the threshold follows from the knots on both sides of the
 crossing, so that no pixel has to be interpolated: a column costs G knots, not its height. Boxes, areas, RLEs and bitmaps all come from the
-same runs and agree to the pixel. In small windows, which have fewer pixel rows than grid rows, the knots are the pixel rows, and their
-logits are interpolated along y first.
+same runs and agree to the pixel.
 """
 
 import math
@@ -30,8 +29,6 @@ CHUNK_CPU = 2**19
 CHUNK_DEVICE = 2**24
 # Maximum number of grid rows that are searched for foreground together; a power of two.
 _ROWS = 8
-# Windows whose pixel rows are fewer than this share of their grid rows are interpolated at pixel rows, the others at grid rows.
-_FEW_PIXELS = 0.75
 
 
 class WindowMasks:
@@ -238,40 +235,21 @@ class WindowMasks:
         threshold = float(torch.tensor(self.threshold, dtype=torch.float32))
         active, parts = _foreground_parts(self.logits, self.windows, self.image_size, threshold)
         side = self.logits.shape[-1]
-        few = parts.row_hi - parts.row_lo < _FEW_PIXELS * parts.num_rows
-        knots = torch.where(few, parts.row_hi - parts.row_lo, parts.num_rows)
-        order = (knots + 2 * side * few).argsort()  # the windows of a chunk share G and the kind of knots
-        active, parts, few, knots = active[order], parts.select(order), few[order], knots[order]
         columns = _image_columns(parts, side)
+        widths = parts.col_hi - parts.col_lo
+        stops = [0, *widths.cumsum(0).tolist()]
+        budget = CHUNK_CPU if self.device.type == "cpu" else CHUNK_DEVICE
         pieces = []
-        chunk = CHUNK_CPU if self.device.type == "cpu" else CHUNK_DEVICE
-        stops = [0, *(parts.col_hi - parts.col_lo).cumsum(0).tolist()]
-        split = len(few) - int(few.sum())
-        for span in _chunks(knots, (parts.col_hi - parts.col_lo).clamp(min=side), chunk, split):
+        for span in _chunks(widths.clamp(min=side) * side, budget):
             own = slice(stops[span.start], stops[span.stop])
-            at_knots = _pixel_rows if span.start >= split else _grid_rows
-            grid = at_knots(self.logits, active[span], parts.select(span), int(knots[span.stop - 1]))
-            edges = _edges(grid, columns.select(own), threshold)
+            edges = _edges(_grid_rows(self.logits, active[span], parts.select(span)), columns.select(own), threshold)
             pieces.append(edges._replace(column=edges.column + own.start))
         counts = active.new_zeros(len(self))
         if not pieces:
             return Runs(active.new_zeros(0), active.new_zeros(0), counts)
-        # Where knots are pixel rows, the knot before the first one is the row before the first pixel row.
-        parts = parts._replace(
-            y0=torch.where(few, parts.row_lo.double(), parts.y0),
-            cell_h=torch.where(few, 1.0, parts.cell_h),
-            grid_lo=torch.where(few, 0, parts.grid_lo),
-        )
         runs = _crossings(_Edges(*map(torch.cat, zip(*pieces))), columns, parts, threshold, self.image_size[0])
-        per_mask = runs.per_mask
-        counts[active] = per_mask
-        # Back from the order of the chunks to that of the masks: one shift per mask, without sorting the runs.
-        shifts = active.new_zeros(len(self))
-        shifts[active] = per_mask.cumsum(0) - per_mask
-        shifts -= counts.cumsum(0) - counts
-        index = torch.arange(len(runs.starts), device=self.device)
-        index += torch.repeat_interleave(shifts, counts, output_size=len(index))
-        return Runs(runs.starts.index_select(0, index), runs.ends.index_select(0, index), counts)
+        counts[active] = runs.per_mask
+        return runs._replace(per_mask=counts)
 
 
 class _Parts(NamedTuple):
@@ -365,26 +343,17 @@ def _pixel_range(
     return first.clamp(0, size), after.clamp(0, size)
 
 
-def _chunks(num_rows: torch.Tensor, widths: torch.Tensor, budget: int, split: int) -> Iterator[slice]:
+def _chunks(sizes: torch.Tensor, budget: int) -> Iterator[slice]:
     """Cut windows into chunks of about `budget` knots.
 
-    The windows before number `split` and those from it on are each in the order of num_rows. A chunk also ends where num_rows passes a
-    power of two, so that padding to the largest num_rows at most doubles its size.
-
     Args:
-        num_rows: (B,) number of knots of a column.
-        widths: (B,) number of columns.
-        budget: maximum number of knots of a chunk, unless a single window has more.
-        split: no chunk holds windows from both sides of it.
+        sizes: (B,) maximum number of knots of each window.
+        budget: number of knots per chunk; a single window may have more.
     """
-    if len(num_rows) == 0:
+    if len(sizes) == 0:
         return
-    filled = torch.div((num_rows * widths).cumsum(0), budget, rounding_mode="floor")
-    octave = torch.frexp(num_rows.float() - 0.5).exponent
-    cuts = (filled[1:] != filled[:-1]) | (octave[1:] != octave[:-1])
-    if 0 < split < len(num_rows):
-        cuts[split - 1] = True
-    stops = cuts.nonzero()[:, 0].add(1).tolist() + [len(num_rows)]
+    filled = torch.div(sizes.cumsum(0), budget, rounding_mode="floor")
+    stops = (filled[1:] != filled[:-1]).nonzero()[:, 0].add(1).tolist() + [len(sizes)]
     for start, stop in zip([0] + stops[:-1], stops):
         yield slice(start, stop)
 
@@ -423,38 +392,21 @@ class _Edges(NamedTuple):
     after: torch.Tensor  # (R, 2) float32, logit at the knot
 
 
-def _grid_rows(logits: torch.Tensor, chosen: torch.Tensor, parts: _Parts, num_rows: int) -> torch.Tensor:
+def _grid_rows(logits: torch.Tensor, chosen: torch.Tensor, parts: _Parts) -> torch.Tensor:
     """The logits of a chunk of windows at grid rows.
 
     Args:
         logits: (N, M, M) of all masks.
         chosen: (B,) long, indices of the chunk's masks.
         parts: of the chunk's masks.
-        num_rows: G.
 
     Returns:
         (B, G, M), the knots.
     """
-    side = logits.shape[-1]
+    side, num_rows = logits.shape[-1], int(parts.num_rows.max())
     # Beyond its own knots a window gets rows without visible foreground, or its last row again. Neither adds an edge.
     rows = (parts.grid_lo[:, None] + torch.arange(num_rows, device=logits.device)).clamp(max=side - 1)
     grid = logits.reshape(-1, side).index_select(0, (chosen[:, None] * side + rows).view(-1))
-    return grid.view(len(chosen), num_rows, side)
-
-
-def _pixel_rows(logits: torch.Tensor, chosen: torch.Tensor, parts: _Parts, num_rows: int) -> torch.Tensor:
-    """The logits of a chunk of windows interpolated at pixel rows; arguments and result are as for `_grid_rows`."""
-    side = logits.shape[-1]
-    pixels = parts.row_lo[:, None] + torch.arange(num_rows, device=logits.device)
-    pixels = torch.minimum(pixels, parts.row_hi[:, None] - 1)  # beyond its own rows a window gets its last row again
-    place = ((pixels + 0.5 - parts.y0[:, None]) / parts.cell_h[:, None] - 0.5).clamp_(0, side - 1).view(-1)
-    above = place.floor()
-    weight = (place - above).float()[:, None]
-    above = above.long()
-    first = (chosen * side).repeat_interleave(num_rows, output_size=len(above))
-    rows = logits.reshape(-1, side)
-    grid = rows.index_select(0, first + above).float()
-    grid = grid.lerp(rows.index_select(0, first + (above + 1).clamp_(max=side - 1)).float(), weight)
     return grid.view(len(chosen), num_rows, side)
 
 
@@ -462,7 +414,7 @@ def _edges(grid: torch.Tensor, columns: _Columns, threshold: float) -> _Edges:
     """The edges of a chunk of windows, whose columns are counted within the chunk.
 
     Args:
-        grid: (B, G, M) from `_grid_rows` or `_pixel_rows`.
+        grid: (B, G, M) from `_grid_rows`.
         columns: of the chunk's windows.
         threshold: logit above which a knot is foreground.
     """

@@ -191,16 +191,6 @@ def test_results_do_not_depend_on_the_size_of_chunks(monkeypatch, budget):
     assert rle == expected[2]
 
 
-@pytest.mark.parametrize("share", [0.0, 100.0])
-def test_masks_are_the_same_at_grid_rows_and_at_pixel_rows(monkeypatch, share):
-    expected = draw_masks(6).encode()
-    monkeypatch.setattr(window_masks, "_FEW_PIXELS", share)
-    boxes, areas, rle = draw_masks(6).encode()
-    assert torch.equal(boxes.tensor, expected[0].tensor)
-    assert torch.equal(areas, expected[1])
-    assert rle == expected[2]
-
-
 def test_methods_agree_with_encode():
     boxes, areas, rle = draw_masks(5).encode()
     # Fresh masks: the first method that is called computes the runs for all others.
