@@ -136,8 +136,8 @@ class PatchMapper:
             rng: numpy.random.Generator.
 
         Returns:
-            dict of patches (P, 3, S, S) uint8; masks (P, M, M) uint8 in {0, 1}, zero for negatives; labels (P,) int64; pays_mask and
-            pays_score (P,) bool: whether the patch contributes to the mask loss and to the score loss.
+            dict of patches (P, 3, S, S) uint8; masks (P, M, M) uint8 in {0, 1}, zero for negatives; labels (P,) int64; in_mask_loss and
+            in_score_loss (P,) bool: whether the patch contributes to the mask loss and to the score loss.
         """
         size = self.window_size + self.context
         if self.color_jitter:
@@ -163,8 +163,8 @@ class PatchMapper:
             "patches": torch.from_numpy(np.ascontiguousarray(patches.transpose(0, 3, 1, 2))),
             "masks": torch.from_numpy(masks),
             "labels": torch.from_numpy(samples.labels),
-            "pays_mask": torch.from_numpy(samples.pays_mask),
-            "pays_score": torch.from_numpy(samples.pays_score),
+            "in_mask_loss": torch.from_numpy(samples.in_mask_loss),
+            "in_score_loss": torch.from_numpy(samples.in_score_loss),
         }
 
     def cut_instances(self, image: torch.Tensor, instances, rng) -> dict:

@@ -23,8 +23,8 @@ class WindowSamples(NamedTuple):
     windows: np.ndarray  # (P, 4) float64, XYXY squares in pixels of the image
     labels: np.ndarray  # (P,) int64, 1 for a positive and 0 for a negative window
     objects: np.ndarray  # (P,) int64, index of the object of a positive window, -1 for a negative one
-    pays_mask: np.ndarray  # (P,) bool, whether the window contributes to the mask loss
-    pays_score: np.ndarray  # (P,) bool, whether the window contributes to the score loss
+    in_mask_loss: np.ndarray  # (P,) bool, whether the window contributes to the mask loss
+    in_score_loss: np.ndarray  # (P,) bool, whether the window contributes to the score loss
 
 
 class WindowSampler:
@@ -98,13 +98,13 @@ class WindowSampler:
             ]
         )
         labels = np.arange(count) < masks + unjittered
-        pays_mask = np.arange(count) < masks
+        in_mask_loss = np.arange(count) < masks
         return WindowSamples(
             windows=windows,
             labels=labels.astype(np.int64),
             objects=np.concatenate([chosen, np.full(count - len(chosen), -1)]),
-            pays_mask=pays_mask,
-            pays_score=np.ones(count, bool) if self.shared_positives else ~pays_mask,
+            in_mask_loss=in_mask_loss,
+            in_score_loss=np.ones(count, bool) if self.shared_positives else ~in_mask_loss,
         )
 
     def _jittered(self, boxes: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -33,15 +33,15 @@ class PatchEvaluator(DatasetEvaluator):
         """Evaluate the patches of a batch of images.
 
         Args:
-            inputs: one dict per image with "masks" (P, M, M), "labels" (P,), and "pays_mask" and "pays_score", (P,) bool: whether the
+            inputs: one dict per image with "masks" (P, M, M), "labels" (P,), and "in_mask_loss" and "in_score_loss", (P,) bool: whether the
                 patch contributes to the loss of masks and of scores.
             outputs: one dict per image with the logits "scores" (P,) and "masks" (P, M, M).
         """
         for patches, output in zip(inputs, outputs):
             masks, scores = output["masks"].cpu(), output["scores"].cpu()
-            with_mask = patches["pays_mask"]
+            with_mask = patches["in_mask_loss"]
             self.ious.append(mask_iou(masks[with_mask], patches["masks"][with_mask]))
-            self.correct.append(((scores > 0) == (patches["labels"] > 0))[patches["pays_score"]])
+            self.correct.append(((scores > 0) == (patches["labels"] > 0))[patches["in_score_loss"]])
 
     def evaluate(self) -> "OrderedDict[str, dict[str, float]]":
         """Compute the figures over all patches.

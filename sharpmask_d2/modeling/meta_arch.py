@@ -94,24 +94,24 @@ class SharpMaskProposalNetwork(NotExportable):
             rng = np.random.default_rng(torch.randint(2**62, (1,)).item())
             batched_inputs = [self.mapper.cut_instances(x["image"], x["instances"], rng) for x in batched_inputs]
         scores, masks = self._forward_patches(batched_inputs)
-        targets, labels, pays_mask, pays_score = (
+        targets, labels, in_mask_loss, in_score_loss = (
             torch.cat([x[key] for x in batched_inputs]).to(self.device)
-            for key in ("masks", "labels", "pays_mask", "pays_score")
+            for key in ("masks", "labels", "in_mask_loss", "in_score_loss")
         )
         masks = self._resize_masks(masks, targets.shape[-1])
-        losses = {"loss_mask": mask_loss(masks, targets, pays_mask)}
+        losses = {"loss_mask": mask_loss(masks, targets, in_mask_loss)}
         if not self.pyramid.network.freeze_feedforward:
-            losses["loss_score"] = score_loss(scores, labels, pays_score)
-        self._log(scores, masks, targets, labels, pays_mask, pays_score)
+            losses["loss_score"] = score_loss(scores, labels, in_score_loss)
+        self._log(scores, masks, targets, labels, in_mask_loss, in_score_loss)
         return {name: loss * self.loss_weights[name] for name, loss in losses.items()}
 
     @torch.no_grad()
-    def _log(self, scores, masks, targets, labels, pays_mask, pays_score) -> None:
+    def _log(self, scores, masks, targets, labels, in_mask_loss, in_score_loss) -> None:
         storage = get_event_storage()
-        if pays_mask.any():
-            storage.put_scalar("patch_iou", mask_iou(masks, targets)[pays_mask].mean().item())
-        if pays_score.any():
-            storage.put_scalar("score_accuracy", ((scores > 0) == (labels > 0))[pays_score].float().mean().item())
+        if in_mask_loss.any():
+            storage.put_scalar("patch_iou", mask_iou(masks, targets)[in_mask_loss].mean().item())
+        if in_score_loss.any():
+            storage.put_scalar("score_accuracy", ((scores > 0) == (labels > 0))[in_score_loss].float().mean().item())
 
     def _forward_patches(self, batched_inputs: list) -> tuple:
         patches = torch.cat([x["patches"] for x in batched_inputs]).to(self.device).float()

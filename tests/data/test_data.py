@@ -159,7 +159,7 @@ def test_labels_agree_with_the_rule(rule, near_negatives):
     sampler = make_sampler(rule, near_negatives=near_negatives)
     samples = sampler(objects, np.ones(3), (300, 600), 400, np.random.default_rng(0))
     labels, owners = label(samples.windows, objects, rule)
-    jittered = samples.pays_mask
+    jittered = samples.in_mask_loss
     assert (labels[jittered] == 1).all()
     np.testing.assert_array_equal(owners[jittered], samples.objects[jittered])
     assert set(samples.objects[jittered]) == {0, 1, 2}
@@ -186,24 +186,24 @@ def test_jitter_fills_its_range():
 
 def test_released_samples_contribute_to_one_loss_each():
     samples = make_sampler()(image_objects(SPREAD), np.ones(3), (300, 600), 80, np.random.default_rng(0))
-    np.testing.assert_array_equal(samples.pays_mask, ~samples.pays_score)
-    assert samples.pays_mask.sum() == 40
-    assert (samples.labels[samples.pays_mask] == 1).all()
-    assert samples.labels[samples.pays_score].sum() == 20
+    np.testing.assert_array_equal(samples.in_mask_loss, ~samples.in_score_loss)
+    assert samples.in_mask_loss.sum() == 40
+    assert (samples.labels[samples.in_mask_loss] == 1).all()
+    assert samples.labels[samples.in_score_loss].sum() == 20
 
 
 def test_all_samples_of_the_paper_contribute_to_the_score_loss():
     sampler = make_sampler(PAPER, shared_positives=True, mask_fraction=0.25)
     samples = sampler(image_objects(SPREAD), np.ones(3), (300, 600), 80, np.random.default_rng(0))
-    assert samples.pays_score.all()
-    assert samples.pays_mask.sum() == 20
-    np.testing.assert_array_equal(samples.labels == 1, samples.pays_mask)
+    assert samples.in_score_loss.all()
+    assert samples.in_mask_loss.sum() == 20
+    np.testing.assert_array_equal(samples.labels == 1, samples.in_mask_loss)
 
 
 def test_released_score_positives_are_centred_and_at_half_octaves():
     objects = image_objects(SPREAD)
     samples = make_sampler()(objects, np.ones(3), (300, 600), 200, np.random.default_rng(0))
-    unjittered = samples.pays_score & (samples.labels == 1)
+    unjittered = samples.in_score_loss & (samples.labels == 1)
     boxes = objects.boxes[samples.objects[unjittered]]
     windows = samples.windows[unjittered]
     np.testing.assert_allclose(windows[:, :2] + windows[:, 2:], boxes[:, :2] + boxes[:, 2:])
@@ -219,8 +219,8 @@ def test_fractions_hold_on_average_with_few_patches(mask_fraction):
     sampler, rng = make_sampler(mask_fraction=mask_fraction), np.random.default_rng(0)
     drawn = [sampler(image_objects(SPREAD), np.ones(3), (300, 600), 3, rng) for _ in range(400)]
     assert all(len(samples.windows) == 3 for samples in drawn)
-    assert np.mean([samples.pays_mask.mean() for samples in drawn]) == pytest.approx(mask_fraction, abs=0.02)
-    still = np.mean([(samples.labels == 1)[samples.pays_score].sum() / 3 for samples in drawn])
+    assert np.mean([samples.in_mask_loss.mean() for samples in drawn]) == pytest.approx(mask_fraction, abs=0.02)
+    still = np.mean([(samples.labels == 1)[samples.in_score_loss].sum() / 3 for samples in drawn])
     assert still == pytest.approx((1 - mask_fraction) / 2, abs=0.02)
 
 
@@ -232,8 +232,8 @@ def test_without_targets_all_windows_are_negatives(boxes, shared_positives):
     samples = sampler(objects, np.zeros(len(boxes)), (300, 600), 50, np.random.default_rng(0))
     assert len(samples.windows) == 50
     assert not samples.labels.any()
-    assert not samples.pays_mask.any()
-    assert samples.pays_score.all()
+    assert not samples.in_mask_loss.any()
+    assert samples.in_score_loss.all()
     assert (samples.objects == -1).all()
     assert (label(samples.windows, objects, RELEASED)[0] == 0).all()
 
@@ -346,8 +346,8 @@ def test_mapper_makes_the_inputs_of_the_network(make_dataset, tiny_cfg, tmp_path
         "patches": ((4, 3, 192, 192), torch.uint8),
         "masks": ((4, 160, 160), torch.uint8),
         "labels": ((4,), torch.int64),
-        "pays_mask": ((4,), torch.bool),
-        "pays_score": ((4,), torch.bool),
+        "in_mask_loss": ((4,), torch.bool),
+        "in_score_loss": ((4,), torch.bool),
     }
     assert sample["image_id"] == 1
     assert sample["file_name"].endswith("1.png")
@@ -541,7 +541,7 @@ def test_instances_of_detectron2s_mapper(make_dataset, tiny_cfg, tmp_path, mask_
     # The list of objects without its crowd, read by our mapper.
     dataset_dict["annotations"] = [a for a in dataset_dict["annotations"] if not a["iscrowd"]]
     own = mapper(dataset_dict, np.random.default_rng(0))
-    for key in ("patches", "labels", "pays_mask", "pays_score"):
+    for key in ("patches", "labels", "in_mask_loss", "in_score_loss"):
         assert torch.equal(sample[key], own[key]), key
     for mask, other in zip(sample["masks"], own["masks"]):
         assert not other.any() or iou(mask, other) > (0.9999 if mask_format == "polygon" else 0.92)
@@ -699,8 +699,8 @@ def test_patches_for_evaluation_are_fixed(registered, tiny_cfg, monkeypatch):
         equal(batch[0], again[0])
     assert [batch[0]["image_id"] for batch in batches] == [1, 2, 3]
     for sample in (batch[0] for batch in batches):
-        assert sample["pays_mask"].sum() == (sample["labels"] == 1).sum() == 2
-        assert sample["pays_score"].all()
+        assert sample["in_mask_loss"].sum() == (sample["labels"] == 1).sum() == 2
+        assert sample["in_score_loss"].all()
     # One of several processes gets equal patches of its images.
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
     monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda: 1)

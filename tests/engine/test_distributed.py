@@ -29,8 +29,8 @@ def _patches(number: int) -> dict:
         "patches": torch.randint(0, 256, (3, 3, 96, 96), generator=generator, dtype=torch.uint8),
         "masks": torch.rand(3, 64, 64, generator=generator) < 0.5,
         "labels": torch.rand(3, generator=generator) < 0.5,
-        "pays_mask": counted[number],
-        "pays_score": counted[1 - number],
+        "in_mask_loss": counted[number],
+        "in_score_loss": counted[1 - number],
     }
 
 

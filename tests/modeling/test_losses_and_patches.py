@@ -64,8 +64,8 @@ def test_patch_evaluator_reports_mean_median_shares_and_accuracy():
     inputs = {
         "masks": targets,
         "labels": torch.tensor([1, 1, 1, 1, 0, 0]),
-        "pays_mask": torch.tensor([True] * 4 + [False] * 2),
-        "pays_score": torch.tensor([False] + [True] * 5),
+        "in_mask_loss": torch.tensor([True] * 4 + [False] * 2),
+        "in_score_loss": torch.tensor([False] + [True] * 5),
     }
     outputs = {"masks": masks, "scores": torch.tensor([-1.0, 1.0, -1.0, 1.0, -1.0, 1.0])}
     evaluator = PatchEvaluator(distributed=False)

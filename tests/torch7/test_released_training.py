@@ -74,8 +74,8 @@ def draw_patches(mask_size: int, seed: int, *, mask: bool = False, score: bool =
         "patches": torch.randint(0, 256, (BATCH, 3, side, side), generator=generator, dtype=torch.uint8),
         "masks": torch.randint(0, 2, (BATCH, mask_size, mask_size), generator=generator, dtype=torch.uint8),
         "labels": torch.randint(0, 2, (BATCH,), generator=generator),
-        "pays_mask": torch.full((BATCH,), mask),
-        "pays_score": torch.full((BATCH,), score),
+        "in_mask_loss": torch.full((BATCH,), mask),
+        "in_score_loss": torch.full((BATCH,), score),
     }
 
 
