@@ -1,9 +1,9 @@
-"""Losses of windows, and the IoU of their masks.
+"""Losses of scores and masks of windows, and the IoU of masks.
 
-Means are over the windows of all processes: their mean over processes, which DistributedDataParallel computes, equals the loss that a
-single process with all windows would have.
+Each process divides its sum by the number of windows of all processes, over the number of processes. The mean of the losses over processes,
+whose gradient DistributedDataParallel computes, thus equals the loss of a single process with all windows.
 
-Shape letters: N windows, M mask side.
+Shape letters: N windows, M mask side in cells.
 """
 
 import torch
@@ -13,7 +13,8 @@ from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits
 
 
 def _mean_over(values: Tensor, mask: Tensor) -> Tensor:
-    # Not an index: an empty selection has to give 0 with a gradient.
+    """The mean of the values at which the mask is True, over all processes."""
+    # Multiplication instead of indexing, so that a mask without True gives 0 with a gradient.
     return (values * mask).sum() / _share(mask.sum())
 
 
@@ -26,46 +27,48 @@ def _share(count: Tensor) -> Tensor:
 
 
 def mask_loss(logits: Tensor, targets: Tensor, contributes: Tensor) -> Tensor:
-    """Binary logistic loss of masks, mean over pixels and over the contributing windows of all processes (DeepMask, section 3.2).
+    """Binary logistic loss of masks, averaged over pixels and over the contributing windows of all processes (DeepMask, section 3.2).
 
-    With y = +-1 this is log(1 + exp(-y f)), the released soft margin loss.
+    For targets y of 1 and -1 and logits f it is log(1 + exp(-y f)), the soft margin loss of the released code.
 
     Args:
         logits: (N, M, M).
-        targets: (N, M, M) in {0, 1}.
-        contributes: (N,) bool, the windows that count.
+        targets: (N, M, M) in 0..1.
+        contributes: (N,) bool, whether each window contributes to the loss.
 
     Returns:
-        a float32 scalar, 0 if no window of this process contributes.
+        A float32 scalar, 0 if no window of this process contributes.
     """
     losses = binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").mean(dim=(1, 2))
     return _mean_over(losses, contributes)
 
 
 def score_loss(logits: Tensor, labels: Tensor, contributes: Tensor) -> Tensor:
-    """Binary logistic loss of scores, mean over the contributing windows of all processes (DeepMask, section 3.2).
+    """Binary logistic loss of scores, averaged over the contributing windows of all processes (DeepMask, section 3.2).
 
     Args:
         logits: (N,).
         labels: (N,) in {0, 1}.
-        contributes: (N,) bool, the windows that count.
+        contributes: (N,) bool, whether each window contributes to the loss.
 
     Returns:
-        a float32 scalar, 0 if no window of this process contributes.
+        A float32 scalar, 0 if no window of this process contributes.
     """
     return _mean_over(binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none"), contributes)
 
 
 def quality_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logistic loss of scores weighed by the square of their error, over the sum of the targets of all processes (Generalized Focal Loss,
-    arXiv 2006.04388, section 3.2).
+    """Quality focal loss of scores (Generalized Focal Loss, arXiv 2006.04388, section 3.2).
+
+    The binary logistic loss of each window is weighted by the square of its error. The sum over the windows is divided by the sum of
+    the targets of all processes.
 
     Args:
         logits: (N,).
-        targets: (N,) in 0..1; negative targets are left out.
+        targets: (N,) in 0..1; windows with a negative target do not contribute.
 
     Returns:
-        a scalar.
+        A float32 scalar.
     """
     known = targets >= 0
     logits, targets = logits[known].float(), targets[known]
@@ -74,20 +77,20 @@ def quality_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """One minus the dice coefficient of probabilities and targets (V-Net, arXiv 1606.04797, section 3), mean over the windows of all
-    processes.
+    """One minus the dice coefficient of probabilities and targets, averaged over the windows of all processes (V-Net, arXiv 1606.04797,
+    section 3).
 
     Args:
         logits: (N, M, M).
         targets: (N, M, M) in 0..1.
 
     Returns:
-        a scalar, 0 if there is no window.
+        A float32 scalar, 0 if there is no window.
     """
     probabilities, targets = logits.float().sigmoid().flatten(1), targets.float().flatten(1)
     common = (probabilities * targets).sum(dim=1)
     total = (probabilities**2).sum(dim=1) + (targets**2).sum(dim=1)
-    # The one keeps a window without foreground from dividing by zero.
+    # Adding 1 avoids a division by zero for windows without foreground.
     return (1 - (2 * common + 1) / (total + 1)).sum() / _share(total.new_tensor(len(logits)))
 
 
@@ -113,14 +116,14 @@ def refinement_losses(masks: list[Tensor], targets: Tensor) -> dict[str, Tensor]
 
 @torch.no_grad()
 def mask_iou(logits: Tensor, targets: Tensor) -> Tensor:
-    """IoU of each window's mask with its target.
+    """Computes the IoU of the mask of each window with its target.
 
     Args:
         logits: (N, M, M); a pixel above 0 is foreground.
         targets: (N, M, M) in {0, 1}.
 
     Returns:
-        (N,) in 0..1; 1 where both are empty.
+        (N,) in 0..1; 1 if both are empty.
     """
     predicted, targets = logits > 0, targets > 0
     union = (predicted | targets).sum(dim=(1, 2))

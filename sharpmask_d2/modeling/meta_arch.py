@@ -1,14 +1,16 @@
-"""The stand-alone networks: one is trained on patches, the other on full images; both give proposals at test time.
+"""The stand-alone networks: one is trained on patches, the other on full images. Both generate proposals of full images at test time.
 
-Shape letters: B patches of all images, P patches of an image, M mask side.
+Shape letters: B patches of all images, P patches of an image, M mask side in cells, H W height and width of an image in pixels.
 """
+
+from typing import Any, Union
 
 import numpy as np
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.rcnn import ProposalNetwork
-from detectron2.structures import ImageList
+from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
@@ -21,14 +23,14 @@ from .losses import mask_iou, mask_loss, score_loss
 from .proposal_generator import ImagePyramid
 from .proposal_generator.sharpmask_fpn import PyramidFeatures
 
-# Values of MODEL.META_ARCHITECTURE of the stand-alone networks: trained on patches, or on full images.
+# Values of MODEL.META_ARCHITECTURE for the stand-alone networks; the first one is trained on patches, the second one on full images.
 ARCHITECTURE = "SharpMaskProposalNetwork"
 ALONE = (ARCHITECTURE, "SegmentProposalNetwork")
 
 
 @META_ARCH_REGISTRY.register()
 class SharpMaskProposalNetwork(NotExportable):
-    """DeepMask or SharpMask alone (MODEL.META_ARCHITECTURE: SharpMaskProposalNetwork)."""
+    """DeepMask or SharpMask on an image pyramid, without a detector (MODEL.META_ARCHITECTURE: SharpMaskProposalNetwork)."""
 
     @configurable
     def __init__(
@@ -42,9 +44,9 @@ class SharpMaskProposalNetwork(NotExportable):
     ):
         """
         Args:
-            pyramid: holds the network and makes proposals of full images.
-            mapper: cuts patches out of full training images, for loaders that are not ours.
-            flip_channels: the input's channel order is not the network's.
+            pyramid: contains the network, and generates the proposals of full images.
+            mapper: cuts patches out of full training images, for data loaders that do not cut patches themselves.
+            flip_channels: whether the channel order of the input is the reverse of that of the network.
             mask_loss_weight, score_loss_weight: factors of the two losses.
         """
         super().__init__()
@@ -65,32 +67,35 @@ class SharpMaskProposalNetwork(NotExportable):
 
     @property
     def device(self) -> torch.device:
+        """The device of the network."""
         return self.pyramid.network.device
 
-    def forward(self, batched_inputs: list):
-        """
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Union[dict[str, Tensor], list[dict[str, Any]]]:
+        """Computes the losses in training; scores and masks of patches, or proposals of full images in evaluation.
+
         Args:
-            batched_inputs: a dict per image, of one kind: with `patches` and targets as `PatchMapper` makes them; or with `image`
-                (3, H, W) in 0..255 and, in training, `instances` with masks, as Detectron2's mapper makes them.
+            batched_inputs: one dict per image, all of one kind: with `patches` and their targets, as `PatchMapper` returns them; or with
+                `image` (3, H, W) in 0..255 and, in training, `instances` with masks, as Detectron2's mapper returns them.
 
         Returns:
-            in training, a dict of losses. Else a dict per image: for patches, `scores` (P,) and `masks` (P, M, M), logits at the window's
-            size; for images, `proposals`, Instances in the frame of the original image (`height`, `width` there).
+            In training, a dict of losses. In evaluation, one dict per image: for patches, `scores` (P,) and `masks` (P, M, M), logits with
+            one cell per pixel of the window; for images, `proposals`, `Instances` in the frame of the original image, whose size is
+            `height` and `width` of the input.
         """
         self.check_not_traced()
         if self.training:
             return self._losses(batched_inputs)
         if "patches" in batched_inputs[0]:
             return self._patch_outputs(batched_inputs)
-        outputs = [None] * len(batched_inputs)
+        outputs: list[Any] = [None] * len(batched_inputs)
         for numbers in _by_size(batched_inputs):
             for number, proposals in zip(numbers, self._proposals([batched_inputs[number] for number in numbers])):
                 outputs[number] = {"proposals": proposals}
         return outputs
 
-    def _losses(self, batched_inputs: list) -> dict:
+    def _losses(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         if "patches" not in batched_inputs[0]:
-            # Seeded from torch, which Detectron2 seeds.
+            # The seed comes from torch, whose random numbers Detectron2 seeds.
             rng = np.random.default_rng(torch.randint(2**62, (1,)).item())
             batched_inputs = [self.mapper.cut_instances(x["image"], x["instances"], rng) for x in batched_inputs]
         scores, masks = self._forward_patches(batched_inputs)
@@ -106,14 +111,23 @@ class SharpMaskProposalNetwork(NotExportable):
         return {name: loss * self.loss_weights[name] for name, loss in losses.items()}
 
     @torch.no_grad()
-    def _log(self, scores, masks, targets, labels, in_mask_loss, in_score_loss) -> None:
+    def _log(
+        self,
+        scores: Tensor,
+        masks: Tensor,
+        targets: Tensor,
+        labels: Tensor,
+        in_mask_loss: Tensor,
+        in_score_loss: Tensor,
+    ) -> None:
         storage = get_event_storage()
         if in_mask_loss.any():
             storage.put_scalar("patch_iou", mask_iou(masks, targets)[in_mask_loss].mean().item())
         if in_score_loss.any():
             storage.put_scalar("score_accuracy", ((scores > 0) == (labels > 0))[in_score_loss].float().mean().item())
 
-    def _forward_patches(self, batched_inputs: list) -> tuple:
+    def _forward_patches(self, batched_inputs: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        """Scores (B,) and masks (B, M, M) of the patches of all images."""
         patches = torch.cat([x["patches"] for x in batched_inputs]).to(self.device).float()
         patches = patches.flip(1) if self.flip_channels else patches
         return self.pyramid.network(patches.contiguous(memory_format=torch.channels_last))
@@ -121,13 +135,14 @@ class SharpMaskProposalNetwork(NotExportable):
     def _resize_masks(self, masks: Tensor, size: int) -> Tensor:
         return resize(masks[:, None], (size, size), self.pyramid.network.resizing)[:, 0]
 
-    def _patch_outputs(self, batched_inputs: list) -> list:
+    def _patch_outputs(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
         scores, masks = self._forward_patches(batched_inputs)
         masks = self._resize_masks(masks, self.pyramid.network.window_size)
         counts = [len(x["patches"]) for x in batched_inputs]
         return [{"scores": s, "masks": m} for s, m in zip(scores.split(counts), masks.split(counts))]
 
-    def _proposals(self, batched_inputs: list) -> list:
+    def _proposals(self, batched_inputs: list[dict[str, Any]]) -> list[Instances]:
+        """One `Instances` per image, of images of one size."""
         images = torch.stack([inputs["image"].to(self.device) for inputs in batched_inputs])
         found = self.pyramid(images.flip(1) if self.flip_channels else images)
         return [
@@ -135,9 +150,9 @@ class SharpMaskProposalNetwork(NotExportable):
         ]
 
 
-def _by_size(batched_inputs: list) -> list:
-    """Numbers of the images of each size."""
-    by_size = {}
+def _by_size(batched_inputs: list[dict[str, Any]]) -> list[list[int]]:
+    """Indices of the images of each size."""
+    by_size: dict[tuple[int, ...], list[int]] = {}
     for number, inputs in enumerate(batched_inputs):
         by_size.setdefault(tuple(inputs["image"].shape), []).append(number)
     return list(by_size.values())
@@ -145,17 +160,24 @@ def _by_size(batched_inputs: list) -> list:
 
 @META_ARCH_REGISTRY.register()
 class SegmentProposalNetwork(NotExportable, ProposalNetwork):
-    """A backbone and SharpMaskFPN alone (MODEL.META_ARCHITECTURE: SegmentProposalNetwork): Detectron2's ProposalNetwork with masks."""
+    """A backbone and SharpMaskFPN, without a detector (MODEL.META_ARCHITECTURE: SegmentProposalNetwork).
 
-    def forward(self, batched_inputs: list):
-        """
+    It is Detectron2's ProposalNetwork with masks.
+    """
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Union[dict[str, Tensor], list[dict[str, Instances]]]:
+        """Computes the losses in training, and the proposals of images in evaluation.
+
         Args:
-            batched_inputs: a dict per image, as Detectron2's mapper makes them: `image` (3, H, W) in 0..255, in training `instances` with
-                masks.
+            batched_inputs: one dict per image, as Detectron2's mapper returns them, with `image` (3, H, W) in 0..255 and, in training,
+                `instances` with masks.
 
         Returns:
-            in training, a dict of losses. Else a dict per image: `proposals`, Instances in the frame of the original image (`height`,
-            `width` of the dict).
+            In training, a dict of losses. In evaluation, one dict per image with `proposals`, `Instances` in the frame of the original
+            image, whose size is `height` and `width` of the input.
+
+        Raises:
+            UserError: training of a frozen generator, or without masks.
         """
         self.check_not_traced()
         if self.training:
@@ -165,8 +187,8 @@ class SegmentProposalNetwork(NotExportable, ProposalNetwork):
                 )
             instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
             return self.proposal_generator.losses(self.encode(batched_inputs), instances)
-        # Padding to the size of another image would reach into the features: images of one size go together.
-        outputs = [None] * len(batched_inputs)
+        # Images of different sizes are not batched, because their padding would change the features at the borders.
+        outputs: list[Any] = [None] * len(batched_inputs)
         for numbers in _by_size(batched_inputs):
             inputs = [batched_inputs[number] for number in numbers]
             features = self.encode(inputs)
@@ -178,7 +200,7 @@ class SegmentProposalNetwork(NotExportable, ProposalNetwork):
                 outputs[number] = {"proposals": proposals}
         return outputs
 
-    def encode(self, batched_inputs: list) -> PyramidFeatures:
+    def encode(self, batched_inputs: list[dict[str, Any]]) -> PyramidFeatures:
         """Computes, once per batch of images, what all windows of the images share: see `SharpMaskFPN.encode`.
 
         Args:

@@ -6,47 +6,48 @@ Shape letters: N windows, G objects.
 import math
 
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor
 
 from ..errors import UserError
 from .geometry import canonical_size, square_windows
 
 
-def label_rule(cfg, *, of_cells: bool = False) -> dict:
-    """The limits of `label_windows` as MODEL.SHARPMASK.LABELS sets them.
+def label_rule(cfg: CfgNode, *, of_cells: bool = False) -> dict[str, float]:
+    """Reads the limits of `label_windows` from a config.
 
     Args:
         cfg: a config, of which MODEL.SHARPMASK.LABELS is read.
-        of_cells: whether the labelled windows are those of a grid's cells. Only by chance is one of them the canonical window of an object,
-            where a patch may be cut; default: False.
+        of_cells: whether the labelled windows are those of the cells of a grid, which are canonical windows of objects only by chance, so
+            that positive limits of 0 leave no positive window. Default: False, for patches.
 
     Returns:
-        keyword arguments of `label_windows`.
+        Keyword arguments of `label_windows`.
 
     Raises:
-        UserError: a limit that no window can meet; the message names the key.
+        UserError: no window can meet a limit; the message names the key.
     """
     labels = cfg.MODEL.SHARPMASK.LABELS
     for name in ("POSITIVE_SHIFT", "POSITIVE_OCTAVES"):
         if labels[name] < 0 or (of_cells and labels[name] == 0):
-            least = "above 0: no window of a cell would be positive" if of_cells else "0 or above"
+            least = "above 0, because otherwise no window of a cell is positive" if of_cells else "0 or above"
             raise UserError(f"MODEL.SHARPMASK.LABELS.{name} is {labels[name]}: it must be {least}")
     return {name.lower(): value for name, value in labels.items()}
 
 
-def window_offsets(windows: Tensor, boxes: Tensor, *, share: float, side: float = 1.0) -> tuple:
-    """How far windows are from the canonical windows of objects.
+def window_offsets(windows: Tensor, boxes: Tensor, *, share: float, side: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Computes the offsets of windows from the canonical windows of objects.
 
     Args:
         windows: (N, 4) XYXY squares in the image, in pixels.
         boxes: (G, 4) XYXY of the objects in the same frame.
         share: larger side of an object as a share of the side of its canonical window.
-        side: of a window, in the unit that shifts are given in: 1 gives them as shares of the window's side, the side of the patch that
-            the window is resized to gives them in pixels of the patch.
+        side: side of every window in the unit of the shifts. 1 gives shifts as shares of the window's side; the side of the patch that a
+            window is resized to gives shifts in pixels of the patch. Default: 1.
 
     Returns:
-        shift (N, G): the larger of the two distances between the centres, in that unit;
-        octaves (N, G): log2 of the window's side over the canonical one, absolute.
+        shift: (N, G), the larger one of the distances between the centres along x and along y, in this unit.
+        octaves: (N, G), absolute value of log2 of the window's side over that of the canonical window.
     """
     canonical = square_windows(boxes, share)
     sides = windows[:, 2] - windows[:, 0]  # N
@@ -68,8 +69,8 @@ def label_windows(
     positive_octaves: float,
     negative_shift: float,
     negative_octaves: float,
-) -> tuple:
-    """Label windows by the objects they hold (DeepMask, section 3.2).
+) -> tuple[Tensor, Tensor]:
+    """Labels windows by the objects they hold (DeepMask, section 3.2).
 
     A window is positive if it is within `positive_shift` and within `positive_octaves` of an object's canonical window, and negative if it
     is at least `negative_shift` or at least `negative_octaves` away from the canonical windows of all objects.
@@ -82,8 +83,8 @@ def label_windows(
         positive_octaves, negative_octaves: differences in size in octaves.
 
     Returns:
-        labels (N,) int64: 1 positive, 0 negative, -1 neither;
-        objects (N,) int64: the object of a positive window, the nearest if there are several; -1 for the others.
+        labels: (N,) int64, 1 for positive, 0 for negative and -1 for other windows.
+        objects: (N,) int64, index of the object of a positive window, the nearest if there are several; -1 for other windows.
     """
     if len(boxes) == 0:
         return windows.new_zeros(len(windows), dtype=torch.long), windows.new_full(
@@ -92,7 +93,7 @@ def label_windows(
     share = canonical_size(window_size) / window_size
     shift, octaves = window_offsets(windows, boxes, share=share, side=window_size)
     inside = (shift <= positive_shift) & (octaves <= positive_octaves)
-    # A limit of 0 is met by an offset of 0 only; this keeps the quotient from being 0 / 0.
+    # Only an offset of 0 meets a limit of 0. The least positive number as divisor avoids 0 / 0.
     least = torch.finfo(shift.dtype).tiny
     shares = shift / max(positive_shift, least), octaves / max(positive_octaves, least)
     distance = torch.maximum(*shares).masked_fill(~inside, math.inf)

@@ -1,36 +1,46 @@
-"""Training targets of windows of a full image: which windows contribute to the losses, and the masks that they should predict.
+"""Training targets of windows of a full image: the windows that contribute to the losses, and their target masks.
 
-Shape letters: N windows, G objects, P positive windows, M mask side.
+Shape letters: N windows, G objects, P positive windows, M mask side in cells.
 """
+
+from typing import Union
 
 import torch
 import torch.nn.functional as F
 from detectron2.modeling.sampling import subsample_labels
-from detectron2.structures import BitMasks
+from detectron2.structures import BitMasks, PolygonMasks
 from torch import Tensor
 from torchvision.ops import roi_align
 
 from .labels import label_windows
 
-# Samples of the bitmap along each side of a target's cell: as many as there are pixels would take most of a training step.
+# Number of samples of the bitmap along each side of a cell of a target. One sample per pixel would take most of a training step.
 _SAMPLES = 2
 
 
 def sample_windows(
-    windows: Tensor, boxes: Tensor, window_size: int, *, label_rule: dict, num_windows: int, positive_fraction: float
-) -> tuple:
-    """Choose, with torch's random numbers, the windows of an image that contribute to the losses.
+    windows: Tensor,
+    boxes: Tensor,
+    window_size: int,
+    *,
+    label_rule: dict[str, float],
+    num_windows: int,
+    positive_fraction: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples the windows of an image that contribute to the losses, with the random numbers of torch.
 
     Args:
-        windows: (N, 4) XYXY in the frame of the image.
+        windows: (N, 4) XYXY in the frame of the image, in pixels.
         boxes: (G, 4) XYXY of the objects in the same frame; G may be 0.
-        window_size: in pixels of the level.
-        label_rule: the keywords of `labels.label_windows`.
-        num_windows: at most this many are chosen.
-        positive_fraction: at most this share of `num_windows` is positive; negatives fill up.
+        window_size: side of a window in pixels of its level.
+        label_rule: keyword arguments of `labels.label_windows`.
+        num_windows: maximum number of sampled windows.
+        positive_fraction: maximum share of positive windows, in 0..1, of `num_windows`; the remaining windows are negative.
 
     Returns:
-        positives (P,) and negatives: ascending numbers of windows; objects (P,) of the positives.
+        positives: (P,) int64, ascending indices of positive windows.
+        negatives: int64, ascending indices of negative windows.
+        objects: (P,) int64, index of the object of each positive window.
     """
     labels, objects = label_windows(windows, boxes, window_size, **label_rule)
     positives, negatives = subsample_labels(labels, num_windows, positive_fraction, bg_label=0)
@@ -38,13 +48,13 @@ def sample_windows(
     return positives, negatives.sort().values, objects[positives]
 
 
-def mask_targets(masks, objects: Tensor, windows: Tensor, mask_size: int) -> Tensor:
-    """Masks of objects cut to windows; nothing is outside the image.
+def mask_targets(masks: Union[BitMasks, PolygonMasks], objects: Tensor, windows: Tensor, mask_size: int) -> Tensor:
+    """Crops the masks of objects to windows. Pixels outside the image are background.
 
     Args:
-        masks: BitMasks or PolygonMasks of G objects.
-        objects: (P,) int64, the object of each window.
-        windows: (P, 4) XYXY in the frame of the image, in pixels; may lie partly outside.
+        masks: masks of G objects.
+        objects: (P,) int64, index of the object of each window.
+        windows: (P, 4) XYXY in the frame of the image, in pixels; they may lie partly outside.
         mask_size: M.
 
     Returns:
@@ -53,7 +63,7 @@ def mask_targets(masks, objects: Tensor, windows: Tensor, mask_size: int) -> Ten
     if not isinstance(masks, BitMasks):
         return masks[objects].crop_and_resize(windows, mask_size).to(windows.device)
     used, owners = objects.unique(return_inverse=True)
-    # roi_align repeats the outermost pixels beyond the image, which BitMasks.crop_and_resize inherits: here these are empty.
+    # Beyond the image, roi_align (and thus BitMasks.crop_and_resize) repeats the outermost pixels; padding makes them background.
     bitmaps = F.pad(masks.tensor[used, None].to(windows.dtype), (1, 1, 1, 1))
     regions = torch.cat([owners[:, None].to(windows.dtype), windows + 1], dim=1)
     return roi_align(bitmaps, regions, mask_size, sampling_ratio=_SAMPLES, aligned=True)[:, 0] >= 0.5

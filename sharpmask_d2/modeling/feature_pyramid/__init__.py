@@ -1,1 +1,1 @@
-"""SharpMask on a feature pyramid: one pass of the backbone, windows on every level."""
+"""SharpMask on a feature pyramid: the backbone runs once per image, and every level has windows."""

@@ -1,4 +1,4 @@
-"""Masks of any windows of a feature pyramid: features are sampled on a grid of the window, whatever cells of whatever level it covers.
+"""Decodes the mask of any window of a feature pyramid. Features are sampled on a grid inside the window, which need not lie on cells.
 
 Shape letters: B images, L levels, C channels of the pyramid, N windows, E embedding, k channels of the mask encoding, K classes of masks,
 M mask side.
@@ -14,23 +14,27 @@ from ...windows.geometry import square_windows
 from ..layers import conv_upsampled
 from .feature_table import FeatureTable
 
-# Sides of the grids on which a window is sampled for its embedding, and of the coarse mask.
+# Side of the grid on which a window is sampled for its embedding, and side of the coarse mask, in cells.
 _EMBED_SIDE, _COARSE_SIDE = 7, 14
 
 
 class DecoderTables(NamedTuple):
-    """What the decoder computes once per batch of images: tables of the pyramid's features and of the two skip paths."""
+    """What the decoder computes once per batch of images."""
 
+    # Features of the pyramid, C channels.
     features: FeatureTable
+    # Skip features of the first refinement step, k channels.
     coarse: FeatureTable
+    # Skip features of the second refinement step, k / 2 channels.
     fine: FeatureTable
 
 
 class SampledDecoder(nn.Module):
-    """From any square window to its mask of 56 x 56 cells.
+    """Decodes the masks of square windows, 56 x 56 cells each.
 
-    A window becomes an embedding, of which DeepMask's coarse mask of 14 x 14 cells is a linear function. Two refinement steps follow, at
-    14 x 14 and at 28 x 28 cells, each with a skip path that is computed once per image (SharpMask, section 3.2).
+    The embedding of a window is computed from its features. The coarse mask of 14 x 14 cells is a linear function of the embedding, as in
+    DeepMask. Two refinement steps follow, at 14 x 14 and at 28 x 28 cells, each with a skip path that is computed once per image
+    (SharpMask, section 3.2).
     """
 
     def __init__(self, *, in_channels: int, embed_dim: int, channels: int, num_classes: int = 1):
@@ -71,8 +75,9 @@ class SampledDecoder(nn.Module):
             num_classes=num_classes,
         )
 
-    def tables(self, features: list, extents: Tensor, strides: list) -> DecoderTables:
-        """
+    def tables(self, features: list[Tensor], extents: Tensor, strides: list[int]) -> DecoderTables:
+        """Computes the features that windows are decoded from, once per batch of images.
+
         Args:
             features: L maps (B, C, Y, X), fine to coarse.
             extents, strides: see `FeatureTable`.
@@ -87,12 +92,13 @@ class SampledDecoder(nn.Module):
         """
         Args:
             tables: from `tables`.
-            images: (N,) int64, the image of each window.
+            images: (N,) int64, index of the image of each window in the batch.
             windows: (N, 4) XYXY squares in the frame of the resized image, in pixels; they may lie partly or wholly outside.
             classes: (N,) int64 of 0 .. K - 1, whose refined mask is returned; default: that of class 0.
 
         Returns:
-            mask logits of the windows before and after each refinement step: [(N, 14, 14), (N, 28, 28), (N, 56, 56)].
+            Three tensors of mask logits, after the first step, after the second step and at the end: (N, 14, 14), (N, 28, 28) and
+            (N, 56, 56).
         """
         encoding = self._encode(tables, images, windows)
         fine = self._refine(encoding, tables, images, windows)
@@ -124,7 +130,7 @@ class SampledDecoder(nn.Module):
         return F.interpolate(coarse, size=(self.mask_size,) * 2, mode="bilinear", align_corners=False)[:, 0]
 
     def _encode(self, tables: DecoderTables, images: Tensor, windows: Tensor) -> Tensor:
-        """(N, k, 14, 14): DeepMask's coarse mask in k channels, the first skip path added."""
+        """The encodings after the first refinement step, (N, k, 14, 14): k coarse masks with the first skip features added."""
         sampled = tables.features.sample_windows(images, windows, _EMBED_SIDE)
         embeddings = self.embed(sampled.permute(0, 2, 3, 1).flatten(1)).relu()
         encoding = self.start(embeddings).unflatten(1, (_COARSE_SIDE, _COARSE_SIDE, -1)).permute(0, 3, 1, 2)
@@ -134,7 +140,7 @@ class SampledDecoder(nn.Module):
         return encoding
 
     def _refine(self, encoding: Tensor, tables: DecoderTables, images: Tensor, windows: Tensor) -> Tensor:
-        """(N, k, 14, 14) to (N, k / 2, 28, 28), the second skip path added."""
+        """The second refinement step, from (N, k, 14, 14) to (N, k / 2, 28, 28), with the second skip features added."""
         fine = conv_upsampled(encoding, self.widen) + tables.fine.sample_windows(images, windows, 2 * _COARSE_SIDE)
         return self.refine_fine(fine.relu()).relu()
 
@@ -147,18 +153,19 @@ def _skip_path(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), nn.ReLU(), nn.Conv2d(out_channels, out_channels, 1))
 
 
-def jittered_windows(boxes: Tensor, *, count: int, share: float, shift: float, octaves: float) -> tuple:
-    """Windows around objects, jittered continuously in place and size with torch's random numbers.
+def jittered_windows(boxes: Tensor, *, count: int, share: float, shift: float, octaves: float) -> tuple[Tensor, Tensor]:
+    """Draws windows around objects with random positions and sizes, with the random numbers of torch.
 
     Args:
         boxes: (G, 4) XYXY of the objects in pixels.
-        count: windows to draw; every object gets about as many of them.
-        share: of the canonical window, see `square_windows`.
-        shift: greatest distance from the object's centre along each axis, in sides of the window.
-        octaves: greatest factor on the side of the canonical window, either way, in octaves.
+        count: number of windows; the numbers of windows of two objects differ by at most 1.
+        share: larger side of an object as a share of the side of its canonical window.
+        shift: maximum distance of the centre of a window from that of its object along each axis, as a share of the side of the window.
+        octaves: maximum difference in size between a window and the canonical window, in octaves.
 
     Returns:
-        (count, 4) XYXY, and (count,) int64, the object of each; both empty where there is no object.
+        The windows, (count, 4) XYXY in the frame of the boxes; and (count,) int64, index of the object of each window. Both are empty if
+        there is no object.
     """
     if len(boxes) == 0:
         return boxes.new_zeros(0, 4), torch.zeros(0, dtype=torch.long, device=boxes.device)
@@ -171,4 +178,5 @@ def jittered_windows(boxes: Tensor, *, count: int, share: float, shift: float, o
 
 
 def _symmetric(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Random numbers from -1 to 1, with the device and type of `like`."""
     return 2 * torch.rand(rows, columns, device=like.device, dtype=like.dtype) - 1

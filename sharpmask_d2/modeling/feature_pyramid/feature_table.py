@@ -1,6 +1,6 @@
-"""The cells of a feature pyramid as rows of a table, out of which windows of any level and image are read at once.
+"""The cells of a feature pyramid as rows of one table, from which windows of all levels and images are sampled in one operation.
 
-Shape letters: B images, L levels, C channels, Y X cells of a level, R rows, N windows, M samples along a window.
+Shape letters: B images, L levels, C channels, Y X cells of a level, N windows, M samples along a side of a window.
 """
 
 import torch
@@ -9,14 +9,15 @@ from torch import Tensor
 
 
 class FeatureTable:
-    """Maps of all levels and images, (B, C, Y, X) each, as rows of C values; outside an image everything is zero."""
+    """The cells of all levels and images as rows of C values. Features outside an image count as zero."""
 
-    def __init__(self, maps: list, extents: Tensor, strides: list):
+    def __init__(self, maps: list[Tensor], extents: Tensor, strides: list[int]):
         """
         Args:
-            maps: L maps (B, C, Y, X), fine to coarse; they may be larger than an image of the batch.
-            extents: (B, L, 2) int64, rows and columns that belong to each image (see `windows.pyramid_sizes`).
-            strides: of the levels, in pixels.
+            maps: L maps (B, C, Y, X), fine to coarse. They cover the padded batch, and may thus be larger than an image.
+            extents: (B, L, 2) int64, number of rows and columns of each level that belong to each image (see
+                `windows.geometry.pyramid_sizes`).
+            strides: strides of the L levels in pixels.
         """
         device = maps[0].device
         rows = [x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps]
@@ -28,10 +29,11 @@ class FeatureTable:
         self.strides = torch.tensor(strides, device=device)
 
     def sample(self, images: Tensor, levels: Tensor, windows: Tensor, size: int) -> Tensor:
-        """Windows sampled bilinearly at the centres of M x M equal parts.
+        """Samples windows bilinearly at the centres of M x M equal parts.
 
         Args:
-            images, levels: (N,) int64.
+            images: (N,) int64, index of the image of each window in the batch.
+            levels: (N,) int64, level that each window is sampled on.
             windows: (N, 4) XYXY in pixels of the image.
             size: M.
 
@@ -39,19 +41,19 @@ class FeatureTable:
             (N, C, M, M), channels last in memory.
         """
         steps = (torch.arange(size, device=windows.device) + 0.5) / size
-        # In cells of the level, whose centres have whole numbers.
+        # In cells of the level; the centres of cells have whole numbers.
         corners = windows / self.strides[levels, None] - 0.5
         at = corners[:, :2, None] + (corners[:, 2:] - corners[:, :2])[:, :, None] * steps  # N x 2 x M
         low = at.floor()
         part = at - low
-        # The two cells beside every sample along x and along y, and their weights: N x 2 x M x 2.
+        # The two cells next to every sample along x and along y, and their weights: N x 2 x M x 2.
         cells = low.long()[..., None] + torch.arange(2, device=windows.device)
         sides = self.extents[images, levels].flip(1)[:, :, None, None]
         weights = torch.stack([1 - part, part], dim=-1) * ((cells >= 0) & (cells < sides))
         columns, rows = torch.minimum(cells.clamp(min=0), sides - 1).unbind(1)
         first = self.first[levels] + images * self.heights[levels] * self.widths[levels]
         rows = first[:, None, None] + rows * self.widths[levels, None, None]
-        # The four cells around every sample, N x M x M x 4; in one dimension, as loops over two values are slow.
+        # The four cells around every sample: N x M x M x 4. They share one dimension, because loops over dimensions of two are slow.
         numbers = rows.repeat_interleave(2, dim=2)[:, :, None] + columns.repeat(1, 1, 2)[:, None]
         weights = weights[:, 1].repeat_interleave(2, dim=2)[:, :, None] * weights[:, 0].repeat(1, 1, 2)[:, None]
         sampled = F.embedding_bag(
@@ -63,12 +65,15 @@ class FeatureTable:
         return sampled.view(len(windows), size, size, self.rows.shape[1]).permute(0, 3, 1, 2)
 
     def sample_windows(self, images: Tensor, windows: Tensor, size: int) -> Tensor:
-        """`sample` on the level on which a cell is nearest in size to one of the M x M parts of the window.
+        """Samples each window on the level whose cells are closest in size to one of the M x M parts of the window: see `sample`.
 
         Args:
-            images: (N,) int64.
-            windows: (N, 4) XYXY in pixels of the image.
+            images: (N,) int64, index of the image of each window in the batch.
+            windows: (N, 4) XYXY squares in pixels of the image.
             size: M.
+
+        Returns:
+            (N, C, M, M), channels last in memory.
         """
         parts = (windows[:, 2] - windows[:, 0]) / size
         levels = (parts / self.strides[0]).clamp(min=1e-6).log2().round().long().clamp(0, len(self.strides) - 1)

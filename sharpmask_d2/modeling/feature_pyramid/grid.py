@@ -1,4 +1,4 @@
-"""Windows on a feature pyramid: how they are numbered and where they lie.
+"""The windows of a feature pyramid: their numbers, their positions, and their order by non-maximum suppression.
 
 Shape letters: L levels, D kinds of windows (numbers of cells), T windows of an image, N of them, G objects, Y X cells of a level.
 """
@@ -14,31 +14,34 @@ from ...errors import UserError
 from ...windows.geometry import centred_windows, square_windows
 from .labels import enlarged
 
-# Windows that are compared for each that is asked for, before all are: on photographs 2.1 to 2.3 were enough.
+# Number of windows that are compared first for each window that is asked for. On photographs, 2.1 to 2.3 were enough.
 _FIRST = 2.5
 
 
 class Cells(NamedTuple):
-    """Windows by their cells, all (N,) int64: level, kind, row, column."""
+    """The cells that N windows are centred on, and the kinds of the windows; all fields are (N,) int64."""
 
+    # From 0, the finest level.
     levels: Tensor
+    # From 0 to D - 1.
     kinds: Tensor
+    # Rows and columns of the level.
     ys: Tensor
     xs: Tensor
 
 
 class PyramidWindows:
-    """Windows of a few kinds around every cell of every level; numbered level by level, kind by kind and row by row."""
+    """The geometry of windows of D kinds around every cell of every level, numbered level by level, kind by kind and row by row."""
 
-    def __init__(self, *, strides: list, window_cells: list, object_share: float):
+    def __init__(self, *, strides: list[int], window_cells: list[int], object_share: float):
         """
         Args:
-            strides: of the L levels in pixels, fine to coarse.
-            window_cells: side of each kind of window in cells of its level.
-            object_share: larger side of an object that fits its window canonically, as a share of the window's.
+            strides: strides of the L levels in pixels, fine to coarse; each is twice the one before it.
+            window_cells: side of each kind of window in cells of its level, an odd number.
+            object_share: larger side of an object as a share of the side of its canonical window.
 
         Raises:
-            ValueError: an even number of cells, or strides that do not double.
+            UserError: an even number of cells, or strides that do not double; the message names the config key.
         """
         if any(coarse != 2 * fine for fine, coarse in zip(strides, strides[1:])):
             raise UserError(
@@ -69,7 +72,7 @@ class PyramidWindows:
 
     @property
     def smallest_object(self) -> float:
-        """Larger side in pixels of an object that fits the smallest window canonically."""
+        """Larger side in pixels of an object whose canonical window is the smallest window."""
         return self.object_share * self.strides[0] * min(self.window_cells)
 
     def canonical_windows(self, boxes: Tensor, mask_window: float) -> Tensor:
@@ -89,7 +92,7 @@ class PyramidWindows:
         """Cells of windows.
 
         Args:
-            numbers: (N,) int64 of 0 .. T - 1.
+            numbers: (N,) int64, numbers of the windows from 0 to T - 1.
             sizes: (Y, X) of each level.
         """
         kinds = len(self.window_cells)
@@ -102,45 +105,45 @@ class PyramidWindows:
         return Cells(levels, kind, cell // columns[levels], cell % columns[levels])
 
     def windows(self, cells: Cells) -> Tensor:
-        """(N, 4) XYXY in the frame of the image, in pixels."""
+        """Returns the windows of N cells, (N, 4) float32 XYXY in the frame of the resized image, in pixels."""
         strides, sides = (torch.tensor(x, device=cells.ys.device) for x in (self.strides, self.window_cells))
         return centred_windows(cells.ys, cells.xs, strides[cells.levels], sides[cells.kinds])
 
 
 def spread(windows: Tensor, scores: Tensor, thresh: float, count: int) -> Tensor:
-    """The first of an order of windows in which those beside a better one step back, so that the first show more objects.
+    """Ranks windows that non-maximum suppression removes behind all others, so that the first windows cover more objects.
 
     Args:
         windows: (N, 4) XYXY, highest score first.
-        scores: (N,).
-        thresh: IoU with a better window, which has not stepped back itself, from which a window does; 1 leaves the order as it is.
-        count: how many are asked for.
+        scores: (N,) logits.
+        thresh: IoU with a window of higher score, itself not suppressed, above which a window is suppressed; 1 keeps the order by score.
+        count: number of windows to return.
 
     Returns:
-        (min(count, N),) int64: numbers of windows, first those that stay, then the others, both by score.
+        (min(count, N),) int64: indices of windows, first those that are not suppressed, then the suppressed ones, both by score.
     """
     if thresh >= 1:
         return torch.arange(min(count, len(windows)), device=windows.device)
-    # Whether a window stays is up to better ones: often the first are enough, and few are compared faster.
+    # Only windows of higher score suppress a window, so that often the first windows are enough; comparing few of them is faster.
     first = int(_FIRST * count)
-    stays = _stays(windows[:first], scores[:first], thresh)
-    if len(stays) < len(windows) and int(stays.sum()) < count:
-        stays = _stays(windows, scores, thresh)
-    return torch.cat([stays.nonzero()[:, 0], (~stays).nonzero()[:, 0]])[:count]
+    kept = _kept_by_nms(windows[:first], scores[:first], thresh)
+    if len(kept) < len(windows) and int(kept.sum()) < count:
+        kept = _kept_by_nms(windows, scores, thresh)
+    return torch.cat([kept.nonzero()[:, 0], (~kept).nonzero()[:, 0]])[:count]
 
 
-def _stays(windows: Tensor, scores: Tensor, thresh: float) -> Tensor:
-    """(N,) bool: the windows that do not step back in `spread`."""
-    stays = torch.zeros(len(windows), dtype=torch.bool, device=windows.device)
-    for number in _alike(windows, thresh):
-        stays[number[nms(windows[number], scores[number], thresh)]] = True
-    return stays
+def _kept_by_nms(windows: Tensor, scores: Tensor, thresh: float) -> Tensor:
+    """(N,) bool: the windows that non-maximum suppression keeps."""
+    kept = torch.zeros(len(windows), dtype=torch.bool, device=windows.device)
+    for group in _groups_by_area(windows, thresh):
+        kept[group[nms(windows[group], scores[group], thresh)]] = True
+    return kept
 
 
-def _alike(windows: Tensor, thresh: float) -> list:
-    """Numbers of the windows in groups; those of two groups differ too much in area for an IoU above the threshold."""
+def _groups_by_area(windows: Tensor, thresh: float) -> list[Tensor]:
+    """Indices of the windows in groups. The areas of windows of two groups differ too much for an IoU above the threshold."""
     areas, kinds = ((windows[:, 2] - windows[:, 0]) * (windows[:, 3] - windows[:, 1])).unique(return_inverse=True)
-    # Rounding must not tell windows apart.
+    # The factor keeps windows together whose areas differ by rounding.
     apart = areas[:-1] < 0.999 * thresh * areas[1:]
     groups = F.pad(apart.long().cumsum(0), (1, 0))[kinds] if len(areas) else kinds
     order = groups.argsort(stable=True)

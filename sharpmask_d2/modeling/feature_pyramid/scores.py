@@ -1,6 +1,6 @@
 """Scores of all windows of a feature pyramid.
 
-Shape letters: B images, C channels of the pyramid, Y X cells of a level, D kinds of windows (numbers of cells), K cells along a window.
+Shape letters: B images, C channels of the pyramid, Y X cells of a level, D kinds of windows (sides in cells), K side of a window in cells.
 """
 
 import math
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 
 class WindowScores(nn.Module):
-    """Scores of all windows of a level, each computed from the cells of its window alone."""
+    """Computes the score of every window of a level from the cells of that window only."""
 
-    def __init__(self, *, in_channels: int, channels: int, window_cells: list):
+    def __init__(self, *, in_channels: int, channels: int, window_cells: list[int]):
         """
         Args:
             in_channels: C.
-            channels: of everything between.
-            window_cells: K of each kind of window, odd.
+            channels: number of channels of the hidden layers.
+            window_cells: K of each of the D kinds of windows, an odd number.
         """
         super().__init__()
         self.reduce = nn.Conv2d(in_channels, channels, 1)
-        # A template of the window for every channel: dense convolutions of this size would cost more than the backbone.
+        # One template of the window per channel, because dense convolutions of this size would take more time than the backbone.
         self.templates = nn.ModuleList(
             nn.Conv2d(channels, channels, cells, padding=cells // 2, groups=channels) for cells in window_cells
         )
@@ -29,13 +29,14 @@ class WindowScores(nn.Module):
             nn.Sequential(nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, 1, 1)) for _ in window_cells
         )
         for predictor in self.predictors:
-            # Untrained scores say that one window in a hundred is positive, as a focal loss needs it (RetinaNet, section 3.3).
+            # Untrained scores give every window a probability of 0.01, as a focal loss needs it (RetinaNet, section 3.3).
             nn.init.constant_(predictor[-1].bias, -math.log(99))
 
     def forward(self, feature: Tensor, inside: Tensor) -> Tensor:
-        """
+        """Computes the scores of the windows of a level.
+
         Args:
-            feature: (B, C, Y, X) of a level.
+            feature: (B, C, Y, X), the features of the level.
             inside: (B, 1, Y, X), 1 where a cell belongs to its image, else 0.
 
         Returns:

@@ -1,16 +1,18 @@
-"""SharpMask as the proposal generator of a detector.
+"""SharpMask on an image pyramid as the proposal generator of a detector.
 
-Shape letters: B images, C channels, H W image, N sampled windows, P positive ones, M side of the target masks.
+Shape letters: B images, C channels, H W height and width of an image in pixels, h w of a feature, N windows that contribute to the losses,
+P positive windows among them, M side of the target masks in cells.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
-from detectron2.structures import ImageList
+from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from ...checkpoint import StrictCheckpointer
@@ -20,7 +22,7 @@ from ...windows.targets import mask_targets, sample_windows
 from ..backbone import trunk_features
 from ..exporting import NotExportable
 from ..image_pyramid.generator import GridFeatures, ImagePyramid
-from ..image_pyramid.levels import grid_size, grid_windows, split_cells
+from ..image_pyramid.levels import Level, grid_size, grid_windows, split_cells
 from ..image_pyramid.network import GivenFeatures, WindowGrid, evaluating
 from ..image_pyramid.resizing import resize
 from ..layers import without_gradients
@@ -29,19 +31,23 @@ from .learnt import LearntGenerator, check_masks, log_windows
 
 
 class WindowOutputs(NamedTuple):
-    """Outputs and targets of sampled windows: scores and labels (N,); logits and targets of masks (P, M, M), of the positive ones."""
+    """Outputs of the network for windows that contribute to the losses, and their targets."""
 
+    # (N,) logits.
     scores: Tensor
+    # (N,) float32 in {0, 1}.
     labels: Tensor
+    # (P, M, M) logits.
     masks: Tensor
+    # (P, M, M) bool.
     targets: Tensor
 
 
 class SharpMaskGenerator(LearntGenerator, NotExportable):
-    """SharpMask as a proposal generator of a detector: registered as `SharpMask`, configured by MODEL.SHARPMASK.
+    """Proposal generator of a detector, registered as `SharpMask` and configured by MODEL.SHARPMASK.
 
-    It has a trunk of its own or reads the features of the detector's backbone, and is frozen or learns from windows of the detector's
-    images.
+    The generator has a trunk of its own, or reads the features of the detector's backbone. It is either frozen, or trained on windows of
+    the images of the detector.
     """
 
     way_to_weights = "name its checkpoint in MODEL.SHARPMASK.GENERATOR.WEIGHTS (or one of the detector that holds it in MODEL.WEIGHTS)"
@@ -51,15 +57,15 @@ class SharpMaskGenerator(LearntGenerator, NotExportable):
         self,
         *,
         pyramid: ImagePyramid,
-        pixel_mean: list,
-        pixel_std: list,
+        pixel_mean: list[float],
+        pixel_std: list[float],
         flip_channels: bool,
         frozen: bool,
         shared_backbone: bool,
         reference_side: int,
         windows_per_image: int,
         positive_fraction: float,
-        label_rule: dict,
+        label_rule: dict[str, float],
         mask_size: int,
         mask_loss_weight: float,
         score_loss_weight: float,
@@ -68,19 +74,20 @@ class SharpMaskGenerator(LearntGenerator, NotExportable):
     ):
         """
         Args:
-            pyramid: makes the proposals.
-            pixel_mean, pixel_std: with which the detector normalised its images.
-            flip_channels: the detector's channel order is not the network's.
-            frozen: no losses and no gradients, in evaluation mode always; else trained, but for what the network itself froze.
-            shared_backbone: the pyramid's network has no trunk and a single level: it reads the detector's features.
-            reference_side: longer side in pixels of the images that the pyramid's scales refer to; 0: the detector's images.
-            windows_per_image: windows of an image that pay losses, at most.
-            positive_fraction: share of them that is positive, at most.
-            label_rule: the keywords of `windows.label_windows`.
+            pyramid: generates the proposals.
+            pixel_mean, pixel_std: mean and standard deviation of each channel, in 0..255, with which the detector normalises its images.
+            flip_channels: whether the channel order of the detector is the reverse of that of the network.
+            frozen: whether the generator has no losses and no gradients and is always in evaluation mode. Otherwise everything is trained
+                that the network has not frozen itself.
+            shared_backbone: whether the network has no trunk and a single level, and reads the features of the detector.
+            reference_side: longer side in pixels of the images that the scales of the pyramid refer to; 0 for the detector's images.
+            windows_per_image: maximum number of windows per image that contribute to the losses.
+            positive_fraction: maximum share of positive windows among them, in 0..1.
+            label_rule: keyword arguments of `windows.labels.label_windows`.
             mask_size: M.
             mask_loss_weight, score_loss_weight: factors of the two losses.
-            saved: its parameters belong into checkpoints of the detector; otherwise they need not be there.
-            has_weights: the pyramid's weights were loaded.
+            saved: whether checkpoints of the detector contain the parameters of the generator. Default: True.
+            has_weights: whether the weights of the pyramid have been loaded. Default: False.
         """
         super().__init__()
         self.pyramid = pyramid
@@ -118,19 +125,19 @@ class SharpMaskGenerator(LearntGenerator, NotExportable):
             "windows_per_image": generator.WINDOWS_PER_IMAGE,
             "positive_fraction": generator.POSITIVE_FRACTION,
             "label_rule": label_rule(cfg, of_cells=not generator.FROZEN),
-            # As in the training on patches.
+            # The resolution of the targets is that of the training on patches.
             "mask_size": 2 * sharpmask.COARSE_MASK_SIZE
             if sharpmask.REFINEMENT.NAME == "none"
             else sharpmask.WINDOW_SIZE,
             "mask_loss_weight": sharpmask.MASK_LOSS_WEIGHT,
             "score_loss_weight": sharpmask.SCORE_LOSS_WEIGHT,
-            # A file of its own has them already.
+            # The parameters of a frozen generator stay in its own file.
             "saved": not (generator.FROZEN and generator.WEIGHTS),
             "has_weights": bool(generator.WEIGHTS),
         }
 
     def _stay_out_of_checkpoints(self) -> None:
-        # Besides their size: Detectron2 matches ImageNet weights by the ends of names, and must not find this trunk beside the backbone.
+        # Detectron2 matches ImageNet weights by the ends of names, and must not load them into this trunk instead of the backbone.
         names = tuple(self.state_dict())
 
         def drop(module, state: dict, prefix: str, metadata) -> None:
@@ -149,21 +156,24 @@ class SharpMaskGenerator(LearntGenerator, NotExportable):
             self.pyramid.eval()
         return self
 
-    def forward(self, images: ImageList, features: dict, gt_instances=None) -> tuple:
-        """
+    def forward(
+        self, images: ImageList, features: dict[str, Tensor], gt_instances: Optional[list[Instances]] = None
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """Generates the proposals of a batch of images, and in training the losses of the generator.
+
         Args:
-            images: normalised by the detector.
-            features: of the detector's backbone, name -> (B, C, h, w); read with a shared backbone only.
-            gt_instances: Instances of each image with gt_boxes and gt_masks in the frame of the resized image; read in training if the
-                generator is not frozen.
+            images: B images, normalised by the detector.
+            features: features of the detector's backbone, name -> (B, C, h, w); read only with a shared backbone.
+            gt_instances: one `Instances` per image with gt_boxes and gt_masks in the frame of the resized image; read in training unless
+                the generator is frozen. Default: None.
 
         Returns:
-            list[Instances], one an image, in the frame of the resized image, best first (see `SegmentGenerator.postprocess`). In training
-            with ground truth they have no `proposal_masks`: Detectron2 joins them with the ground truth, which has none.
-            A dict of losses: loss_sharpmask_mask and loss_sharpmask_score; empty in evaluation or when frozen.
+            One `Instances` per image in the frame of the resized image, best first (see `SegmentGenerator.postprocess`). In training with
+            ground truth they have no `proposal_masks`, because Detectron2 concatenates them with the ground truth, which has no such field.
+            And a dict of losses, loss_sharpmask_mask and loss_sharpmask_score; empty in evaluation and if the generator is frozen.
 
         Raises:
-            ValueError: training without ground truth or its masks, or of a detector on a frozen generator without weights.
+            UserError: training without ground truth or without its masks, or training of a detector on a frozen generator without weights.
         """
         self.check_not_traced()
         trains = self.training and not self.frozen
@@ -181,7 +191,7 @@ class SharpMaskGenerator(LearntGenerator, NotExportable):
                 outputs.append(output)
             else:
                 with torch.no_grad():
-                    # The largest level first: it needs the most memory, and nothing of the others is kept yet.
+                    # The largest level runs first: it needs the most memory, and the grids of the others are not in memory yet.
                     grids = [self._grid(source, level) for level in reversed(levels)][::-1]
             proposals += self.pyramid.propose(GridFeatures(levels, grids, [image_size]))
         if self.training and gt_instances is not None:
@@ -189,15 +199,17 @@ class SharpMaskGenerator(LearntGenerator, NotExportable):
                 proposed.remove("proposal_masks")
         return proposals, self._losses(outputs) if trains else {}
 
-    def _octaves(self, image_size: tuple) -> float:
+    def _octaves(self, image_size: tuple[int, int]) -> float:
+        """Octaves from the size of the image to that of the images that the scales refer to."""
         return math.log2(self.reference_side / max(image_size)) if self.reference_side else 0.0
 
     def _pixels(self, image: Tensor) -> Tensor:
+        """The image (3, H, W) in 0..255, in the channel order of the network."""
         pixels = image * self.pixel_std + self.pixel_mean
         return pixels.flip(0) if self.flip_channels else pixels
 
-    def _features(self, features: dict, index: int, image_size: tuple) -> dict:
-        """One image's features, (1, C, h, w) each, without the batch's padding and with a border of half a window of zeros."""
+    def _features(self, features: dict[str, Tensor], index: int, image_size: tuple[int, int]) -> dict[str, Tensor]:
+        """The features of one image, (1, C, h, w) each, without the padding of the batch and with a border of zeros of half a window."""
         network = self.pyramid.network
         cut = {}
         for name, stride in network.strides.items():
@@ -206,16 +218,19 @@ class SharpMaskGenerator(LearntGenerator, NotExportable):
             cut[name] = F.pad(features[name][index : index + 1, :, :height, :width], (border,) * 4)
         return cut
 
-    def _grid(self, source, level) -> WindowGrid:
+    def _grid(self, source: Union[Tensor, dict[str, Tensor]], level: Level) -> WindowGrid:
+        """The grid of one level of an image, from its pixels or, with a shared backbone, from its features."""
         if self.shared_backbone:
             return self.pyramid.network.grid_from_features(source)
         return self.pyramid.level_grid(source[None], level)
 
-    def _train_image(self, source, levels: list, gt) -> tuple:
-        """Run all levels of an image, with gradients those that have sampled windows.
+    def _train_image(
+        self, source: Union[Tensor, dict[str, Tensor]], levels: list[Level], gt: Instances
+    ) -> tuple[list[WindowGrid], WindowOutputs]:
+        """Runs the network on all levels of an image, with gradients only on levels with windows that contribute to the losses.
 
         Returns:
-            the grids of all levels for the proposals, and WindowOutputs.
+            The grids of all levels for the proposals, and the outputs for these windows.
         """
         network = self.pyramid.network
         geometry = network.window_size, network.stride
@@ -245,7 +260,9 @@ class SharpMaskGenerator(LearntGenerator, NotExportable):
                 continue
             grid = self._grid(source, level)
             if tuple(grid.scores.shape[1:]) != size:
-                raise ValueError(f"the trunk's grid is {tuple(grid.scores.shape[1:])} where its stride makes {size}")
+                raise ValueError(
+                    f"the grid of the trunk is {tuple(grid.scores.shape[1:])}, but its stride implies {size}"
+                )
             scores.append(grid.scores[0, ys, xs])
             labels.append((torch.arange(len(ys), device=ys.device) < len(inside[0])).float())
             if len(inside[0]):
@@ -258,14 +275,15 @@ class SharpMaskGenerator(LearntGenerator, NotExportable):
         return grids, WindowOutputs(torch.cat(scores), torch.cat(labels), torch.cat(masks), targets)
 
     def _masks(self, grid: WindowGrid, ys: Tensor, xs: Tensor) -> Tensor:
+        """(P, M, M) logits of the masks of cells (y, x) of the grid of an image."""
         network = self.pyramid.network
         first = torch.zeros_like(ys)
         masks = network.masks(grid, first, ys, xs, windows_per_batch=self.pyramid.windows_per_batch)
         return resize(masks[:, None], (self.mask_size, self.mask_size), network.resizing)[:, 0]
 
-    def _losses(self, outputs: list) -> dict:
+    def _losses(self, outputs: list[WindowOutputs]) -> dict[str, Tensor]:
         scores, labels, masks, targets = (torch.cat(parts) for parts in zip(*outputs))
-        # Without samples the losses are 0, but of every parameter, as DistributedDataParallel needs it.
+        # DistributedDataParallel needs a gradient of every parameter, even if no window contributes.
         attached = 0.0 * sum(p.sum() for p in self.pyramid.parameters() if p.requires_grad)
         losses = {"loss_sharpmask_mask": attached + mask_loss(masks, targets, _all(masks))}
         if not self.pyramid.network.freeze_feedforward:
@@ -278,18 +296,18 @@ def _all(x: Tensor) -> Tensor:
     return torch.ones(len(x), dtype=torch.bool, device=x.device)
 
 
-def shared_features(cfg, input_shape: dict) -> dict:
-    """The features of a detector's backbone that a generator without a trunk reads.
+def shared_features(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, ShapeSpec]:
+    """Selects the features of a detector's backbone that a generator without a trunk reads.
 
     Args:
-        cfg: a config with MODEL.SHARPMASK.GENERATOR.SHARED_BACKBONE.
-        input_shape: name -> ShapeSpec of the backbone.
+        cfg: a config in which MODEL.SHARPMASK.GENERATOR.SHARED_BACKBONE is True.
+        input_shape: name of each feature of the backbone -> its channels and stride.
 
     Returns:
-        the part of `input_shape` that IN_FEATURE and SKIP_FEATURES name.
+        The entries of `input_shape` that IN_FEATURE and REFINEMENT.SKIP_FEATURES name.
 
     Raises:
-        ValueError: features that are not there, or keys that do not fit the strides; the message names the key.
+        UserError: the backbone lacks a feature, or a key does not fit the strides; the message names the key.
     """
     sharpmask = cfg.MODEL.SHARPMASK
     strides = {name: shape.stride for name, shape in input_shape.items()}
@@ -321,5 +339,5 @@ def shared_features(cfg, input_shape: dict) -> dict:
     return {name: input_shape[name] for name in names}
 
 
-# The registry takes a class's own name, and SharpMask is what users write in a config.
+# `register` uses the name of the class, but a config names the generator SharpMask.
 PROPOSAL_GENERATOR_REGISTRY._do_register("SharpMask", SharpMaskGenerator)

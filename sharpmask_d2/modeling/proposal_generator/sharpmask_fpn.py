@@ -1,12 +1,12 @@
-"""SharpMask on a feature pyramid: one pass of the backbone, scores of windows on every level, masks of the best of them.
+"""SharpMask on a feature pyramid: one pass of the backbone, scores of windows on every level, masks of the windows of highest score.
 
-Shape letters: B images, L levels, C channels, Y X cells of a level, D kinds of windows, T windows of an image, N chosen windows, G objects
-of an image, M mask side.
+Shape letters: B images, L levels, C channels, h w height and width of a feature, Y X cells of a level, D kinds of windows (sides in cells),
+T windows of an image, N windows whose masks are decoded, G objects of an image, M mask side in cells.
 """
 
 import math
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 from detectron2.config import configurable
@@ -45,15 +45,15 @@ class PyramidFeatures(NamedTuple):
     scores: Tensor
     # (Y, X) of each level.
     sizes: list[tuple[int, int]]
-    # What the decoder reads.
+    # The features that masks are decoded from.
     tables: DecoderTables
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
-    """Segment proposals from a feature pyramid (FPN, section 6) with SharpMask's refinement on top.
+    """Generates segment proposals from a feature pyramid (FPN, section 6), with the refinement of SharpMask.
 
-    It reads the features of the detector's backbone, which it trains along unless it is frozen.
+    It reads the features of the detector's backbone. Unless it is frozen, its losses also train the backbone.
     """
 
     @configurable
@@ -79,21 +79,21 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
         """
         Args:
             in_features: names of the backbone's features, fine to coarse.
-            geometry: of the windows on L levels: the levels of the features, and further ones that are computed from the coarsest.
+            geometry: geometry of the windows on L levels, which are those of the features and coarser ones that are computed from them.
             scores: computes the scores of all windows.
             decoder: decodes the masks of selected windows.
             negative_shift, negative_octaves: see `labels.score_targets`.
             mask_window: side of the window whose mask is decoded, in sides of the window that is scored.
-            num_refined: maximum number of proposals per image whose masks are refined, those of highest score.
+            num_refined: maximum number of proposals per image whose masks are refined; those of highest score are.
             mask_windows_per_image: number of windows per image with objects that contribute to the losses of masks.
             mask_jitter: shift and octaves of these windows, see `jittered_windows`.
             window_nms_thresh: see `grid.spread`; 1 selects the windows of highest score.
             mask_loss_weight, score_loss_weight: factors of the losses.
-            frozen: no losses, no gradients.
+            frozen: whether the generator has no losses and no gradients.
             settings: see `SegmentGenerator`.
 
         Raises:
-            UserError: see `SegmentGenerator`; or a limit of labels that is not above 0.
+            UserError: see `SegmentGenerator`; or `negative_shift` or `negative_octaves` is not above 0; the message names the config key.
         """
         super().__init__(**settings)
         for name, limit in (("SHIFT", negative_shift), ("OCTAVES", negative_octaves)):
@@ -144,26 +144,29 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
         }
 
     @property
-    def strides(self) -> list:
+    def strides(self) -> list[int]:
         """Strides of the L levels in pixels."""
         return self.geometry.strides
 
-    def forward(self, images: ImageList, features: dict, gt_instances=None) -> tuple:
-        """
+    def forward(
+        self, images: ImageList, features: dict[str, Tensor], gt_instances: Optional[list[Instances]] = None
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """Generates the proposals of a batch of images, and in training the losses of the generator.
+
         Args:
-            images: of which only the sizes are read.
-            features: of the backbone, name -> (B, C, h, w).
-            gt_instances: Instances of each image with gt_boxes and gt_masks in the frame of the resized image; read in training unless
-                the generator is frozen.
+            images: B images; only their sizes are read.
+            features: features of the backbone, name -> (B, C, h, w).
+            gt_instances: one `Instances` per image with gt_boxes and gt_masks in the frame of the resized image; read in training unless
+                the generator is frozen. Default: None.
 
         Returns:
             One `Instances` per image in the frame of the resized image, best first (see `SegmentGenerator.postprocess`). In training with
-            ground truth they have no `proposal_masks`: Detectron2 joins them with the ground truth, which has none.
-            A dict of losses, empty in evaluation or when frozen: loss_sharpmask_score of the scores, loss_sharpmask_mask and
-            loss_sharpmask_dice of the masks, and loss_sharpmask_side of the masks before the last refinement.
+            ground truth they have no `proposal_masks`, because Detectron2 concatenates them with the ground truth, which has no such field.
+            And a dict of losses, empty in evaluation and if the generator is frozen: loss_sharpmask_score of the scores,
+            loss_sharpmask_mask and loss_sharpmask_dice of the masks, and loss_sharpmask_side of the intermediate masks.
 
         Raises:
-            ValueError: training without ground truth or its masks, or of a detector on a frozen generator without weights.
+            UserError: training without ground truth or without its masks, or training of a detector on a frozen generator without weights.
         """
         self.check_not_traced()
         trains = self.training and not self.frozen
@@ -178,13 +181,13 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
         return proposals, losses
 
     def encode(self, image_sizes: list[tuple[int, int]], features: dict[str, Tensor]) -> PyramidFeatures:
-        """Computes the scores of all windows of a batch, and what the decoder reads of all levels.
+        """Computes the scores of all windows of a batch, and the features that masks are decoded from.
 
         The result has gradients in training, unless the generator is frozen.
 
         Args:
             image_sizes: (H, W) of each image in pixels, without the padding of the batch.
-            features: of the backbone, name -> (B, C, h, w).
+            features: features of the backbone, name -> (B, C, h, w).
         """
         with nullcontext() if self.training and not self.frozen else without_gradients():
             levels, extents = pyramid_levels([features[name] for name in self.in_features], image_sizes, self.strides)
@@ -198,8 +201,19 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
         sizes = [tuple(x.shape[2:]) for x in levels]
         return PyramidFeatures(list(image_sizes), levels, torch.cat(scores, dim=1), sizes, tables)
 
-    def losses(self, features: PyramidFeatures, gt_instances: list[Instances]) -> dict:
-        """Losses of the scores of all windows, and of the masks of windows that are jittered around the objects: see `forward`."""
+    def losses(self, features: PyramidFeatures, gt_instances: list[Instances]) -> dict[str, Tensor]:
+        """Computes the losses of the scores of all windows, and of the masks of windows that are drawn around the objects.
+
+        Args:
+            features: from `encode`, with gradients.
+            gt_instances: see `forward`.
+
+        Returns:
+            The losses by name, weighted: see `forward`.
+
+        Raises:
+            UserError: there is no ground truth for every image, or it has no masks.
+        """
         check_masks(gt_instances, len(features.scores))
         scores = features.scores.flatten()
         labels = self._labels(features, gt_instances).flatten()
@@ -212,7 +226,7 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
 
     @torch.no_grad()
     def _labels(self, features: PyramidFeatures, gt_instances: list[Instances]) -> Tensor:
-        """(B, T): see `score_targets`; -1 for cells outside of an image, too."""
+        """(B, T) float32: see `score_targets`; also -1 for cells outside an image."""
         numbers = torch.arange(features.scores.shape[1], device=features.scores.device)
         windows = self.geometry.windows(self.geometry.cells(numbers, features.sizes))
         labels = [
@@ -228,8 +242,10 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
         ]
         return torch.stack(labels).masked_fill(features.scores == -math.inf, -1)
 
-    def _masks_and_targets(self, features: PyramidFeatures, gt_instances: list[Instances]) -> tuple:
-        """What `SampledDecoder.forward` makes of N windows that are jittered around the objects, and their targets (N, M, M) bool."""
+    def _masks_and_targets(
+        self, features: PyramidFeatures, gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Masks of N windows that are drawn around the objects, from `SampledDecoder.forward`, and their targets (N, M, M) bool."""
         shift, octaves = self.mask_jitter
         windows, owners, targets = [], [], []
         for number, gt in enumerate(gt_instances):
@@ -253,11 +269,11 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
 
     @property
     def mask_share(self) -> float:
-        """Larger side of an object as a share of the side of the window that its mask is decoded in."""
+        """Larger side of an object as a share of the side of the window in which its mask is decoded."""
         return self.geometry.object_share / self.mask_window
 
     def canonical_windows(self, boxes: Tensor) -> Tensor:
-        """The windows that the masks of objects are decoded in.
+        """Returns the windows in which the masks of objects are decoded.
 
         Args:
             boxes: (G, 4) XYXY of the objects in the frame of the resized image, in pixels.
@@ -268,9 +284,9 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
         return self.geometry.canonical_windows(boxes, self.mask_window)
 
     def select(self, features: PyramidFeatures) -> list[Windows]:
-        """Selects windows of high score over all levels that overlap little: see `grid.spread` and `SegmentGenerator.select`.
+        """Selects windows of high score that overlap little, over all levels: see `grid.spread` and `SegmentGenerator.select`.
 
-        The windows are those whose masks are decoded, `mask_window` times as large as the scored ones.
+        The masks are decoded in larger windows than the scores, by the factor `mask_window`; the larger windows are returned.
         """
         selected = []
         for image, scores in enumerate(features.scores):
