@@ -1,7 +1,10 @@
-"""Large-scale jitter for training on full images: resize at random, then cut a square that may extend beyond the image."""
+"""Large-scale jitter for training on full images: random resizing, then a random square crop, which may extend beyond the image."""
+
+from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import annotations_to_instances
@@ -13,22 +16,22 @@ from .mixing import MixingSampler, epoch_counts, load_datasets
 from .patch_mapper import PADDING_VALUE
 from .resumable import ResumableLoader, build_resumable_train_loader
 
-# Maximum number of cuts drawn per image until one has an object.
+# Maximum number of crops that are drawn per image until one has an object.
 _TRIES = 20
 
 
 class CutTransform(Transform):
-    """A rectangle cut out of an image that may lie partly outside of it. Polygons are moved, not clipped.
+    """Cuts a rectangle, which may lie partly outside the image. Polygons are moved, but not clipped.
 
-    Detectron2's crop followed by its padding does this to images, but clips polygons and needs the library shapely to do so.
+    Detectron2's cropping followed by its padding gives equal images, but clips polygons, for which it needs the library shapely.
     """
 
     def __init__(self, x0: int, y0: int, width: int, height: int, fill: float):
         """
         Args:
-            x0, y0: left upper corner of the rectangle in pixels of the image; may be negative.
-            width, height: of the rectangle in pixels.
-            fill: value of pixels outside of the image; segmentations have 0 there.
+            x0, y0: upper left corner of the rectangle in pixels of the image; both may be negative.
+            width, height: size of the rectangle in pixels.
+            fill: value of pixels outside the image; segmentations are 0 there.
         """
         super().__init__()
         self._set_attributes(locals())
@@ -51,17 +54,17 @@ class CutTransform(Transform):
 
 
 class RandomCut(T.Augmentation):
-    """A square of fixed size at a random place in the image; an image that is smaller lies at a random place in the square.
+    """Cuts a square of fixed size at a random position. An image that is smaller than the square is placed at a random position in it.
 
-    Detectron2's FixedSizeCrop draws one number for both axes, so that its crops lie on a diagonal of the image, and it puts smaller images
-    into the upper left corner.
+    Detectron2's FixedSizeCrop draws one number for both axes, so that all crops lie on a diagonal of the image. It places smaller images in
+    the upper left corner.
     """
 
     def __init__(self, side: int, fill: float = PADDING_VALUE):
         """
         Args:
-            side: of the square in pixels.
-            fill: value of pixels outside of the image; default: 127.5, as in the released code.
+            side: side of the square in pixels.
+            fill: value of pixels outside the image. Default: 127.5, as in the released code.
         """
         super().__init__()
         self._init(locals())
@@ -71,14 +74,14 @@ class RandomCut(T.Augmentation):
         return CutTransform(x0, y0, self.side, self.side, self.fill)
 
 
-def build_jitter_augmentations(cfg) -> list:
-    """Detectron2 augmentations for training on full images: resizing, `RandomCut`, flip and colours.
+def build_jitter_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
+    """Builds the augmentations for training on full images: resizing, `RandomCut`, flips and colours.
 
     Args:
-        cfg: a config, of which INPUT.SCALE_JITTER and INPUT.RANDOM_FLIP ("horizontal" or none) are read.
+        cfg: a config; INPUT.SCALE_JITTER and INPUT.RANDOM_FLIP are read. Any value of the latter but "horizontal" means no flips.
 
     Returns:
-        list of augmentations in the order in which they are applied.
+        Augmentations in the order in which they are applied.
     """
     jitter = cfg.INPUT.SCALE_JITTER
     augmentations = [
@@ -94,19 +97,20 @@ def build_jitter_augmentations(cfg) -> list:
 
 
 class JitterMapper(DatasetMapper):
-    """Detectron2's DatasetMapper, which also takes images without objects and datasets whose annotations are not exhaustive.
+    """Detectron2's DatasetMapper, extended to images without objects and to datasets whose annotations are not exhaustive.
 
-    Where annotations are not exhaustive, `instances` has a field `gt_exhaustive`, False for every object. Of such an image only the
-    surroundings of objects can be used for training, so the cut is drawn again, up to a limit, until it has an object.
+    If annotations are not exhaustive, `instances` has a field `gt_exhaustive`, which is False for every object. Only the surroundings of
+    objects can then be used for training, so that the crop is drawn again, up to 20 times, until it has an object.
     """
 
-    def __call__(self, dataset_dict: dict) -> dict:
-        """
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Reads an image and its objects, and applies the augmentations.
+
         Args:
-            dataset_dict: in Detectron2's format; `exhaustive` (default: True) says whether every object is annotated.
+            dataset_dict: an image in Detectron2's format. The entry `exhaustive` is False if some objects are not annotated; default: True.
 
         Returns:
-            `image` (3, H, W) uint8 and `instances`, as Detectron2's DatasetMapper returns them.
+            A dict with `image` (3, height, width) uint8 and `instances`, as Detectron2's DatasetMapper returns it.
         """
         if dataset_dict.get("exhaustive", True):
             return super().__call__(dataset_dict)
@@ -117,7 +121,9 @@ class JitterMapper(DatasetMapper):
         mapped["instances"].gt_exhaustive = torch.zeros(len(mapped["instances"]), dtype=torch.bool)
         return mapped
 
-    def _transform_annotations(self, dataset_dict: dict, transforms, image_shape: tuple) -> None:
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple[int, int]
+    ) -> None:
         if any(not annotation.get("iscrowd", 0) for annotation in dataset_dict["annotations"]):
             super()._transform_annotations(dataset_dict, transforms, image_shape)
             return
@@ -125,13 +131,13 @@ class JitterMapper(DatasetMapper):
         dataset_dict["instances"] = annotations_to_instances([], image_shape)
 
 
-def build_jitter_train_loader(cfg) -> ResumableLoader:
-    """Build the training loader of full images with the augmentations of INPUT.SCALE_JITTER.
+def build_jitter_train_loader(cfg: CfgNode) -> ResumableLoader:
+    """Builds the training loader of full images with the augmentations of INPUT.SCALE_JITTER.
 
-    Boxes are the tight boxes of the masks that remain in the cut.
+    With MODEL.MASK_ON, boxes are the tight boxes of the masks that remain in the crop.
 
     Args:
-        cfg: a config, of which INPUT, DATASETS, DATALOADER, SOLVER.IMS_PER_BATCH, MODEL.MASK_ON and SEED are read.
+        cfg: a config; INPUT, DATASETS, DATALOADER, SOLVER.IMS_PER_BATCH, MODEL.MASK_ON and SEED are read.
 
     Raises:
         UserError: DATASETS.MAX_SHARES names a dataset that DATASETS.TRAIN does not have.

@@ -13,7 +13,7 @@ from ..windows.geometry import object_windows
 from ..windows.labels import label_windows
 from .objects import ImageObjects
 
-# Candidates per negative window. If none of them is negative, the first one is taken, as in the released code.
+# Number of candidates per negative window. If none of them is negative, the first one is used, as in the released code.
 _TRIES = 100
 
 
@@ -50,9 +50,9 @@ class WindowSampler:
             window_size: side of a window in pixels of the patch.
             exponents: scales of the pyramid as exponents of 2; negatives are drawn between the lowest and the highest.
             mask_fraction: share of the windows, 0..1, that are positives with jitter and contribute to the mask loss.
-            shared_positives: these windows also contribute to the score loss (paper).
-            near_negatives: share of the negatives, 0..1, that are drawn around an object.
-            label_rule: keyword arguments of `windows.geometry.label_windows`.
+            shared_positives: whether these windows also contribute to the score loss, as in the paper.
+            near_negatives: share of the negatives, 0..1, that are drawn around an object; the others are drawn anywhere in the image.
+            label_rule: keyword arguments of `windows.labels.label_windows`.
         """
         self.window_size = window_size
         self.exponents = (min(exponents) - 0.25, max(exponents) + 0.25)
@@ -69,7 +69,7 @@ class WindowSampler:
         count: int,
         rng: np.random.Generator,
     ) -> WindowSamples:
-        """Draw the windows of an image.
+        """Draws the windows of an image.
 
         Args:
             objects: of the image.
@@ -79,7 +79,7 @@ class WindowSampler:
             rng: source of all random numbers.
 
         Returns:
-            WindowSamples; all are negatives if there is no target.
+            The windows; all of them are negative if there is no target.
         """
         masks = _round_randomly(count * self.mask_fraction, rng) if weights.any() else 0
         unjittered = 0

@@ -1,4 +1,4 @@
-"""Training and evaluation in the manner of Detectron2."""
+"""Training and evaluation on top of Detectron2's trainer."""
 
 from .trainer import Trainer
 

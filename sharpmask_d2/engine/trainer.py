@@ -3,12 +3,20 @@
 import logging
 import weakref
 from collections import OrderedDict
-from typing import Optional
+from collections.abc import Callable, Iterable
+from typing import Any, Optional
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, hooks
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluators, inference_on_dataset, print_csv_format
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    inference_on_dataset,
+    print_csv_format,
+)
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -40,14 +48,18 @@ from ..evaluation import (
 from ..modeling.meta_arch import ALONE, ARCHITECTURE
 from ..modeling.roi_heads import ProposalMaskRes5ROIHeads, ProposalMaskROIHeads
 
-# These and Detectron2's own, an RPN alone, give proposals and no detections.
+# Architectures that compute proposals but no detections; the last one is Detectron2's RPN without a detector.
 _PROPOSAL_NETWORKS = (*ALONE, "ProposalNetwork")
 # Proposal generators whose proposals can be evaluated within a detector.
 _GENERATORS = ("SharpMask", "SharpMaskFPN")
 
 
-def reads_proposal_masks(cfg) -> bool:
-    """Whether the model is a detector whose detections have the masks of precomputed proposals."""
+def reads_proposal_masks(cfg: CfgNode) -> bool:
+    """Whether the model is a detector whose detections have the masks of precomputed proposals.
+
+    Args:
+        cfg: a config; MODEL is read.
+    """
     model = cfg.MODEL
     return (
         model.LOAD_PROPOSALS
@@ -57,29 +69,33 @@ def reads_proposal_masks(cfg) -> bool:
     )
 
 
-def makes_proposals(cfg) -> bool:
-    """Whether the model is a detector with an online generator of this package."""
+def makes_proposals(cfg: CfgNode) -> bool:
+    """Whether the model is a detector with a proposal generator of this package.
+
+    Args:
+        cfg: a config; MODEL is read.
+    """
     return cfg.MODEL.META_ARCHITECTURE not in ALONE and cfg.MODEL.PROPOSAL_GENERATOR.NAME in _GENERATORS
 
 
 class _DepthwiseInFloat32(TorchFunctionMode):
-    """A context in which autocast does not cast depthwise convolutions that are trained: on a CPU their gradients are slow in bfloat16."""
+    """A context in which autocast leaves trained depthwise convolutions in float32: on a CPU their gradients are slow in bfloat16."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not F.conv2d or not torch.is_grad_enabled() or not _is_learning_depthwise(*args, **kwargs):
+        if func is not F.conv2d or not torch.is_grad_enabled() or not _is_trained_depthwise(*args, **kwargs):
             return func(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
             return func(args[0].float(), *args[1:], **kwargs)
 
 
-def _is_learning_depthwise(_, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> bool:
-    """Of the arguments of `conv2d`: one channel for each group, and a gradient."""
+def _is_trained_depthwise(_, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> bool:
+    """Whether the arguments of `conv2d` are those of a depthwise convolution whose weights have gradients."""
     return groups > 1 and weight.shape[1] == 1 and weight.requires_grad
 
 
 class _SeedStep(hooks.HookBase):
-    """Seeds each step by its iteration and rank, so that a resumed training draws the same dropout as one that was not interrupted."""
+    """Seeds the random numbers of each step by its iteration and rank, so that a resumed run equals one that was not interrupted."""
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -89,7 +105,7 @@ class _SeedStep(hooks.HookBase):
 
 
 class _PatchPrinter(EventWriter):
-    """Logs how good masks and scores of the training patches are, which Detectron2's printer leaves out."""
+    """Logs the quality of masks and scores of the training patches, which Detectron2's printer does not print."""
 
     def __init__(self):
         self.logger = logging.getLogger(__name__)
@@ -106,65 +122,65 @@ class _PatchPrinter(EventWriter):
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's DefaultTrainer, with what this package's models need.
+    """Detectron2's DefaultTrainer with the data loaders, optimizers, evaluation and mixed precision of this package.
 
-    With SEED >= 0, a run that resumes from a checkpoint computes what an uninterrupted run computes. A run that diverges stops before a
-    checkpoint with numbers that are not finite is written.
+    With SEED >= 0, a run that is resumed from a checkpoint equals an uninterrupted run. A run that diverges stops before it writes a
+    checkpoint with numbers that are not finite.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: CfgNode):
         """
         Args:
-            cfg: a config with this package's keys.
+            cfg: a config with the keys of this package.
         """
         mixed = cfg.SOLVER.AMP.ENABLED or cfg.SOLVER.MIXED_PRECISION
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
         self._cpu_autocast = mixed and on_cpu
         cfg = cfg.clone()
         cfg.defrost()
-        # Detectron2's AMPTrainer insists on CUDA.
+        # Detectron2's AMPTrainer requires CUDA.
         cfg.SOLVER.AMP.ENABLED = mixed and not on_cpu
         cfg.freeze()
         super().__init__(cfg)
 
-    def run_step(self):
+    def run_step(self) -> None:
         if not self._cpu_autocast:
             super().run_step()
             return
-        # bfloat16 needs no scaling of losses.
+        # In bfloat16, losses need no scaling.
         with torch.autocast("cpu", dtype=torch.bfloat16), _DepthwiseInFloat32():
             super().run_step()
 
-    def build_hooks(self):
-        # Before the hooks, which hold it; Detectron2 has no method that builds it.
+    def build_hooks(self) -> list[hooks.HookBase]:
+        # Detectron2 has no method that builds the checkpointer; it is replaced here, before the hooks that use it are built.
         self.checkpointer = SafeCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         seeding = [_SeedStep(self.cfg.SEED)] if self.cfg.SEED >= 0 else []
         return seeding + super().build_hooks()
 
-    def build_writers(self):
+    def build_writers(self) -> list[EventWriter]:
         return [*super().build_writers(), _PatchPrinter()]
 
-    def resume_or_load(self, resume: bool = True):
+    def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
         if isinstance(self._trainer.data_loader, ResumableLoader):
             self._trainer.data_loader.start = self.start_iter
 
-    # Detectron2 0.6 leaves the optimizer out of its checkpoints, so that a resumed run would lose its momentum; later ones do this.
-    def state_dict(self):
+    # Checkpoints of Detectron2 0.6 do not contain the optimizer, so that a resumed run would lose its momentum; those of later versions do.
+    def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
 
     @classmethod
-    def build_model(cls, cfg) -> nn.Module:
-        # Convolutions run faster in this layout on CPUs and on CUDA; results and checkpoints do not depend on it.
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        # In this layout, convolutions are faster on CPUs and on CUDA; results and checkpoints do not depend on it.
         return super().build_model(cfg).to(memory_format=torch.channels_last)
 
     @classmethod
-    def build_train_loader(cls, cfg):
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable:
         if cfg.MODEL.META_ARCHITECTURE == ARCHITECTURE:
             return build_patch_train_loader(cfg)
         if reads_proposal_masks(cfg):
@@ -174,36 +190,40 @@ class Trainer(DefaultTrainer):
         return build_resumable_train_loader(cfg)
 
     @classmethod
-    def build_test_loader(cls, cfg, dataset_name):
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:
         if reads_proposal_masks(cfg):
             return build_proposal_test_loader(cfg, dataset_name)
         return super().build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_optimizer(cls, cfg, model):
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name):
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         if cfg.MODEL.META_ARCHITECTURE in _PROPOSAL_NETWORKS:
             return ProposalEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
         return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
 
     @classmethod
-    def test(cls, cfg, model, evaluators=None):
-        """Evaluate a model in the way that fits its architecture.
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: Optional[list[DatasetEvaluator]] = None
+    ) -> dict[str, Any]:
+        """Evaluates a model on the datasets of DATASETS.TEST.
 
-        The stand-alone network: its patches and the average recall of its proposals, as MODEL.SHARPMASK.TEST asks for. A detector: COCO's
-        AP; and, where it makes its own proposals, their average recall, too (unless MODEL.SHARPMASK.TEST.FULL_IMAGES is off).
+        Stand-alone networks are evaluated by the average recall of their proposals, if MODEL.SHARPMASK.TEST.FULL_IMAGES is True. The
+        network that is trained on patches is also evaluated on MODEL.SHARPMASK.TEST.PATCHES_PER_IMAGE patches per image. Detectors are
+        evaluated by the AP of COCO and, if they have a proposal generator of this package and FULL_IMAGES is True, by the average recall of
+        its proposals.
 
         Args:
-            cfg: reads DATASETS.TEST.
-            model: with its weights.
-            evaluators: used instead of all this, as in Detectron2's `test`; default: None.
+            cfg: a config.
+            model: a model with its weights.
+            evaluators: evaluators that replace those described above, as in Detectron2's `test`. Default: None.
 
         Returns:
-            dict of results; with several datasets, one such dict for each name. Of the stand-alone network: patches, segm and bbox; of a
-            detector: bbox, segm if it has masks, proposal_bbox and proposal_segm.
+            A dict of results; with several datasets, the name of each dataset -> its dict. The keys are patches, segm and bbox for a
+            stand-alone network, and bbox, segm (if it has masks), proposal_bbox and proposal_segm for a detector.
         """
         if evaluators is not None:
             return super().test(cfg, model, evaluators)
@@ -211,11 +231,15 @@ class Trainer(DefaultTrainer):
         return _for_each_dataset(cfg, lambda name: evaluate(cfg, model, name))
 
     @classmethod
-    def test_proposal_files(cls, cfg):
-        """Average recall of the files of DATASETS.PROPOSAL_FILES_TEST, which training does not change.
+    def test_proposal_files(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Evaluates the average recall of the precomputed proposals of DATASETS.PROPOSAL_FILES_TEST.
+
+        Args:
+            cfg: a config.
 
         Returns:
-            dict of results: proposal_bbox and, if the file has masks, proposal_segm; with several datasets, one such dict for each name.
+            A dict of results with proposal_bbox and, if the file has masks, proposal_segm; with several datasets, the name of each dataset
+            -> its dict.
         """
         return _for_each_dataset(
             cfg,
@@ -223,7 +247,7 @@ class Trainer(DefaultTrainer):
         )
 
     @classmethod
-    def _test_network(cls, cfg, model, name: str) -> dict:
+    def _test_network(cls, cfg: CfgNode, model: nn.Module, name: str) -> dict[str, Any]:
         test, results = cfg.MODEL.SHARPMASK.TEST, {}
         if test.PATCHES_PER_IMAGE and cfg.MODEL.META_ARCHITECTURE == ARCHITECTURE:
             results.update(inference_on_dataset(model, build_patch_test_loader(cfg, name), PatchEvaluator()))
@@ -233,17 +257,21 @@ class Trainer(DefaultTrainer):
         return results
 
     @classmethod
-    def _test_detector(cls, cfg, model, name: str) -> dict:
+    def _test_detector(cls, cfg: CfgNode, model: nn.Module, name: str) -> dict[str, Any]:
         evaluator = cls.build_evaluator(cfg, name)
         if makes_proposals(cfg) and cfg.MODEL.SHARPMASK.TEST.FULL_IMAGES:
-            # In one pass: on a CPU the generator takes most of the time.
+            # Both evaluations share one pass, because the generator takes most of the time on a CPU.
             model = WithGeneratedProposals(model)
             evaluator = DatasetEvaluators([evaluator, GeneratedProposalEvaluator(name, output_dir=cfg.OUTPUT_DIR)])
         return inference_on_dataset(model, cls.build_test_loader(cfg, name), evaluator)
 
 
-def _for_each_dataset(cfg, evaluate) -> dict:
-    """Evaluates and prints each of DATASETS.TEST; the results by name, of a single one its own."""
+def _for_each_dataset(cfg: CfgNode, evaluate: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """Evaluates each dataset of DATASETS.TEST and prints its results.
+
+    Returns:
+        The results of the dataset if there is one; otherwise the name of each dataset -> its results.
+    """
     results = OrderedDict()
     for name in cfg.DATASETS.TEST:
         results[name] = evaluate(name)
@@ -252,16 +280,16 @@ def _for_each_dataset(cfg, evaluate) -> dict:
     return next(iter(results.values())) if len(results) == 1 else results
 
 
-def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW with a learning rate of its own for the trunk or backbone.
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Builds SGD or AdamW, with a factor on the learning rate of the trunk or backbone.
 
     Args:
-        cfg: a config; of SOLVER it reads OPTIMIZER, TRUNK_MULTIPLIER, BASE_LR, MOMENTUM, NESTEROV, BIAS_LR_FACTOR, the three WEIGHT_DECAY
-            keys and CLIP_GRADIENTS.
-        model: parameters below a module named `trunk` or `backbone` (of a detector, a feature pyramid included) get the factor.
+        cfg: a config; the keys OPTIMIZER, TRUNK_MULTIPLIER, BASE_LR, MOMENTUM, NESTEROV, BIAS_LR_FACTOR, CLIP_GRADIENTS and the three
+            keys WEIGHT_DECAY of SOLVER are read.
+        model: a model; the factor applies to parameters inside modules named `trunk` or `backbone`, which includes a feature pyramid.
 
     Raises:
-        UserError: an optimizer that is neither.
+        UserError: SOLVER.OPTIMIZER is neither "SGD" nor "ADAMW".
     """
     solver = cfg.SOLVER
     params = optimizer_params(
@@ -290,21 +318,21 @@ def optimizer_params(
     weight_decay: float = 0.0,
     weight_decay_norm: float = 0.0,
     weight_decay_bias: Optional[float] = None,
-) -> list:
-    """Parameter groups for an optimizer: those of Detectron2's `get_default_optimizer_params`, and a factor for the trunk.
+) -> list[dict[str, Any]]:
+    """Builds the parameter groups of an optimizer by Detectron2's `get_default_optimizer_params`, with a factor for the trunk.
 
     Args:
-        model: whose trainable parameters are grouped. Those below a module named `trunk` or `backbone` have the learning rate `base_lr` *
-            `trunk_multiplier`.
-        base_lr: learning rate of all other parameters.
-        trunk_multiplier: factor on the learning rate of the trunk; default: 1.
-        bias_lr_factor: factor on the learning rate of biases; default: 1.
-        weight_decay: of all parameters but norms and biases; default: 0.
-        weight_decay_norm: of the parameters of norms; default: 0.
-        weight_decay_bias: of biases; default: None, that of the layer that they belong to.
+        model: a model whose trainable parameters are grouped. The learning rate of parameters inside modules named `trunk` or `backbone` is
+            multiplied by `trunk_multiplier`.
+        base_lr: learning rate.
+        trunk_multiplier: factor on the learning rate of the trunk. Default: 1.
+        bias_lr_factor: factor on the learning rate of biases. Default: 1.
+        weight_decay: weight decay of all parameters except those of norms and biases. Default: 0.
+        weight_decay_norm: weight decay of the parameters of norms. Default: 0.
+        weight_decay_bias: weight decay of biases. Default: None, the weight decay of the layer that the bias belongs to.
 
     Returns:
-        list of dicts with params, lr and weight_decay.
+        Groups, dicts with params, lr and weight_decay.
     """
     groups = get_default_optimizer_params(
         model,

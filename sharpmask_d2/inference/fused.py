@@ -1,14 +1,14 @@
-"""Kernels of oneDNN for inference on a CPU: convolutions that apply the activation after them and add a shortcut before their output leaves
-the cache, and linear layers.
+"""Kernels of oneDNN for inference on a CPU: convolutions fused with a following activation and the addition of a shortcut, and linear
+layers.
 
-They are the private operators that torch.compile emits. This is the only module that calls them, and `can_fuse` tries them first: where one
-is missing or computes something else, models run on plain layers. Training and export never come here.
+They are private operators of torch, which torch.compile uses, too. Only this module calls them. `can_fuse` tests them first: if one is
+missing or computes a different result, models keep their plain layers. Training and export do not use this module.
 
-Shape letters: B batch, C channels, H W height and width, F features.
+Shape letters: B images or windows, C channels, H W height and width, F features.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Optional
 
@@ -21,20 +21,20 @@ from ..modeling.layers import EvenSameConv2d, MergedNorm, MirroredConv2d, Succes
 
 logger = logging.getLogger(__name__)
 
-# Largest difference to plain layers, as a share of their largest output; both round differently.
+# Maximum difference from plain layers, as a share of their largest output. The two round differently.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 @cache
 def can_fuse(dtype: torch.dtype) -> bool:
-    """Whether the operators of this module run on this machine in `dtype` and compute what plain layers compute.
+    """Whether the operators of this module run on this machine in `dtype` and agree with plain layers.
 
-    Each runs once in a process, on a small input. Where one fails, a line of the log says which and why.
+    They are tested once per process, on a small input. If one fails, a warning in the log names it and the reason.
 
     Args:
         dtype: torch.float32 or torch.bfloat16.
     """
-    # Whoever asks may be in a context of autocast already.
+    # The caller may be in a context of autocast.
     with torch.autocast("cpu", enabled=False):
         reason = _why_not(dtype)
     if reason:
@@ -44,7 +44,7 @@ def can_fuse(dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def _why_not(dtype: torch.dtype) -> str:
-    """Why the operators cannot be used; empty if they can."""
+    """The reason why the operators cannot be used; empty if they can be used."""
     if not torch.backends.mkldnn.is_available():
         return "torch was built without oneDNN"
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -52,7 +52,7 @@ def _why_not(dtype: torch.dtype) -> str:
     for name, fused, plain in _probes(dtype):
         try:
             found = fused()
-        # What a missing operator or one with other arguments raises, and what a kernel raises that the processor does not have.
+        # These errors are raised by a missing operator, by one with other arguments, and by one that the processor does not support.
         except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
             return f"{name}: {error}".splitlines()[0]
         expected = plain()
@@ -62,8 +62,8 @@ def _why_not(dtype: torch.dtype) -> str:
     return ""
 
 
-def _probes(dtype: torch.dtype) -> list:
-    """(name, fused, plain): functions without arguments that compute the same by the operators and by plain layers."""
+def _probes(dtype: torch.dtype) -> list[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]]:
+    """Names of operators with two functions each, which compute one output by the operator and by plain layers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         x, shortcut = (torch.randn(2, 16, 7, 9).to(dtype) for _ in range(2))
@@ -93,16 +93,16 @@ def _probes(dtype: torch.dtype) -> list:
     return probes
 
 
-def fuse_layers(module: nn.Module, *, leave: Sequence = ()) -> nn.Module:
-    """Replace, in place, layers below `module` by fused ones: the same function, without gradients.
+def fuse_layers(module: nn.Module, *, leave: Sequence[nn.Module] = ()) -> nn.Module:
+    """Replaces layers inside a module by fused ones, in place. The outputs do not change except for rounding; there are no gradients.
 
-    Replaced are linear layers, and convolutions that are known to be followed by a ReLU or ReLU6: those that hold it as `activation`
+    It replaces linear layers, and convolutions that are known to be followed by a ReLU or ReLU6: those with the attribute `activation`
     (Detectron2), those in an nn.Sequential, those whose batch norm was merged into them (`layers.fold_batch_norm`) and those of
-    Detectron2's bottlenecks. Call it where `can_fuse`, on the CPU, after batch norms are merged.
+    Detectron2's bottlenecks. `can_fuse` has to be true, and batch norms have to be merged before.
 
     Args:
-        module: in evaluation, on the CPU.
-        leave: modules whose layers stay as they are; default: none.
+        module: a module in evaluation mode on the CPU.
+        leave: modules inside it whose layers are not replaced; default: none.
 
     Returns:
         `module`.
@@ -122,7 +122,7 @@ def fuse_layers(module: nn.Module, *, leave: Sequence = ()) -> nn.Module:
         elif _is_plain_bottleneck(child) and (
             child.shortcut is not None or (in_order and _is_plain_bottleneck(previous))
         ):
-            # Without a projection it overwrites its input, which is then the output of the block before it, and of use to nothing else.
+            # A block without projection overwrites its input, so the input must be the output of a block that nothing else reads.
             setattr(module, name, FusedBottleneck(child))
         elif not any(child is left for left in leave):
             fuse_layers(child, leave=leave)
@@ -130,8 +130,8 @@ def fuse_layers(module: nn.Module, *, leave: Sequence = ()) -> nn.Module:
     return module
 
 
-def _is_known(conv) -> bool:
-    """Whether it is a convolution of a class that is known, with padding in numbers and without a norm."""
+def _is_known(conv: Optional[nn.Module]) -> bool:
+    """Whether a module is a convolution of a known class, with numeric padding and without a norm."""
     return (
         type(conv) in (nn.Conv2d, Conv2d, MirroredConv2d, EvenSameConv2d)
         and conv.padding_mode == "zeros"
@@ -140,20 +140,22 @@ def _is_known(conv) -> bool:
     )
 
 
-def _is_plain(conv) -> bool:
+def _is_plain(conv: Optional[nn.Module]) -> bool:
+    """Whether a module is a known convolution without an activation."""
     return _is_known(conv) and _own_activation(conv) is None
 
 
-def _is_plain_bottleneck(block) -> bool:
+def _is_plain_bottleneck(block: Optional[nn.Module]) -> bool:
+    """Whether a module is a bottleneck of Detectron2 whose norms have been merged."""
     return type(block) is BottleneckBlock and all(map(_is_plain, (block.conv1, block.conv2, block.conv3)))
 
 
-def _own_activation(conv):
+def _own_activation(conv: Optional[nn.Module]) -> Optional[nn.Module]:
     return getattr(conv, "activation", None)
 
 
-def _post_operation(activation) -> Optional[tuple]:
-    """oneDNN's name and numbers of an activation; None if it is not one that is fused."""
+def _post_operation(activation: Optional[nn.Module]) -> Optional[tuple[str, list[float]]]:
+    """The name and the parameters of an activation in oneDNN; None if it cannot be fused."""
     if type(activation) is nn.ReLU:
         return "relu", []
     if type(activation) is nn.ReLU6:
@@ -162,7 +164,7 @@ def _post_operation(activation) -> Optional[tuple]:
 
 
 class FusedConv2d(Successor):
-    """A convolution and the activation after it, and what is added in between."""
+    """A convolution fused with its activation and with an optional addition between the two."""
 
     def __init__(self, conv: nn.Conv2d, activation: nn.Module):
         """
@@ -181,30 +183,30 @@ class FusedConv2d(Successor):
     def forward(self, x: Tensor, plus: Optional[Tensor] = None) -> Tensor:
         """
         Args:
-            x: (B, C, H, W), any floating-point type; it is cast to that of the weights.
-            plus: (B, C', H', W'), added before the activation and overwritten by the result; default: nothing is added.
+            x: (B, C, H, W) of any floating-point type; it is cast to the type of the weights.
+            plus: (B, C', H', W'), added before the activation and overwritten by the result. Default: None, nothing is added.
 
         Returns:
-            (B, C', H', W'), the type of the weights.
+            (B, C', H', W') of the type of the weights.
         """
-        # To the dtype that autocast would give the convolution, and to the layout in which a sum is fused.
+        # The type is that of the convolution under autocast; sums are fused only in this layout.
         x, plus = (t if t is None else t.to(self.weight.dtype, memory_format=torch.channels_last) for t in (x, plus))
         x = mirror_pad(x, self.border)
         arguments = x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
         name, numbers = self.post_operation
-        # Of no images, which are RoIs, the operator does not know the sum.
+        # The fused sum does not support an empty batch, such as one of no RoIs.
         if plus is None or len(plus) == 0:
             return torch.ops.mkldnn._convolution_pointwise(*arguments, name, numbers, "")
         return torch.ops.mkldnn._convolution_pointwise_.binary(plus, *arguments, "add", 1.0, name, numbers, "")
 
 
 class FusedBottleneck(nn.Module):
-    """Detectron2's bottleneck of fused convolutions. Without a projection it overwrites its input."""
+    """Detectron2's bottleneck with fused convolutions. Without a projection, it overwrites its input."""
 
     def __init__(self, block: BottleneckBlock):
         """
         Args:
-            block: whose convolutions have no norm left; they are shared.
+            block: a bottleneck whose norms have been merged; its parameters are shared.
         """
         super().__init__()
         relu = nn.ReLU()
@@ -220,12 +222,12 @@ class FusedBottleneck(nn.Module):
 
 
 class FusedLinear(nn.Linear):
-    """A linear layer by oneDNN, which is twice as fast in float32 as the library that torch asks otherwise on some processors."""
+    """A linear layer computed by oneDNN, which on some processors is twice as fast in float32 as the default library of torch."""
 
     def __init__(self, linear: nn.Linear):
         """
         Args:
-            linear: whose parameters are shared.
+            linear: a linear layer; its parameters are shared.
         """
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias

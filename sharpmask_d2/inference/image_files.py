@@ -161,9 +161,9 @@ def process_images(
 def _known_keys(images: Sequence[InputImage], writer: ProposalWriter) -> dict[int, str]:
     """Index of an image -> its key, for the images that the writer has."""
     keys = {}
-    # Without a run to resume, each file is read only when its turn comes.
+    # If there is no run to resume, files are read only when they are processed.
     for i, image in enumerate(images if writer.done else []):
-        # A file that cannot be read is named when its turn comes.
+        # A file that cannot be read is reported when it is processed.
         with contextlib.suppress(OSError):
             key = digest_file(image.path)
             if key in writer.done:

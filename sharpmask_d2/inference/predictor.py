@@ -1,10 +1,11 @@
-"""From an image to its proposals, or to its detections, in one call.
+"""Predictors, which compute the proposals or the detections of images in one call.
 
-Shape letters: H W image.
+Shape letters: H W height and width of an image in pixels, h w of the resized image, N detections.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
@@ -23,12 +24,12 @@ from ..modeling.meta_arch import ALONE
 from .caching import bound_kept_memory
 from .preparation import autocast, prepare_for_inference
 
-# What predictors take; see `images.to_pixels`.
+# The kinds of images that predictors accept, see `data.images.to_pixels`.
 AnyImage = Union[np.ndarray, str, Path, Image]
 
 
 class ProposalPredictor:
-    """Segment proposals of single images.
+    """Computes segment proposals of images.
 
     predictor = ProposalPredictor()
     proposals = predictor(cv2.imread("photograph.jpg"))
@@ -37,13 +38,14 @@ class ProposalPredictor:
     def __init__(self, cfg: Optional[CfgNode] = None, *, dtype: str = "float32", compiled: bool = False):
         """
         Args:
-            cfg: a config of the stand-alone network; MODEL.WEIGHTS is loaded, or weights stay random where it is empty. None takes the
-                packaged model `model_zoo.DEFAULT`.
-            dtype: "float32", or "bfloat16" where the hardware has it: faster, and a little less exact.
-            compiled: see `modeling.inference.prepare_for_inference`.
+            cfg: a config of a stand-alone network. MODEL.WEIGHTS is loaded; weights are random if it is empty. Default: None, the packaged
+                model `model_zoo.DEFAULT`.
+            dtype: "float32", or "bfloat16", which is faster on hardware that supports it and slightly less exact. Default: "float32".
+            compiled: whether the trunk or backbone is compiled, see `preparation.prepare_for_inference`. Default: False.
 
         Raises:
-            ValueError: another architecture or dtype, or weights that lack parameters of the model; the message names them.
+            FileNotFoundError: the file of weights does not exist.
+            UserError: a wrong architecture, dtype or device, or weights that lack parameters of the model; the message names them.
         """
         cfg = model_zoo.get_config(model_zoo.DEFAULT) if cfg is None else cfg
         if cfg.MODEL.META_ARCHITECTURE not in ALONE:
@@ -54,31 +56,32 @@ class ProposalPredictor:
         self.model, self.resize = _build(cfg, dtype, compiled)
 
     def __call__(self, image: AnyImage) -> Instances:
-        """
+        """Computes the proposals of an image.
+
         Args:
-            image: (H, W, 3) uint8 in BGR order, as cv2.imread returns it and Detectron2's DefaultPredictor takes it; or a grey image, a
-                path or an image of Pillow, see `images.to_pixels`.
+            image: (H, W, 3) uint8 in BGR order, as cv2.imread returns it and Detectron2's DefaultPredictor expects it; or a grey image, a
+                path or an image of Pillow, see `data.images.to_pixels`.
 
         Returns:
             Instances, best first, in the frame of the image: proposal_boxes (Boxes), objectness_logits, proposal_masks (WindowMasks).
 
         Raises:
-            ImageError: not such an image, or one without pixels.
+            ImageError: the argument is no image of these kinds, or has no pixels.
         """
         return self.of_batch([image])[0]
 
     @torch.no_grad()
-    def of_batch(self, images: list) -> list:
-        """Proposals of several images: those of one size go through the trunk or the backbone together, in memory that grows with them.
+    def of_batch(self, images: Sequence[AnyImage]) -> list[Instances]:
+        """Computes the proposals of several images. Images of one size form a batch; peak memory grows linearly with its size.
 
         Args:
             images: see `__call__`.
 
         Returns:
-            one Instances an image, in their order.
+            One `Instances` per image, in the order of the images.
 
         Raises:
-            ImageError: one is not such an image, or has no pixels.
+            ImageError: an element is no image, or has no pixels.
         """
         inputs = [prepare_image(image, self.resize, self.cfg) for image in images]
         with autocast(self.model.device, self.dtype):
@@ -88,7 +91,7 @@ class ProposalPredictor:
 
 
 class DetectionPredictor:
-    """Detections of single images, by a detector that makes its own proposals.
+    """Computes detections of images, by a detector with a proposal generator.
 
     detector = DetectionPredictor()
     instances = detector(cv2.imread("photograph.jpg"))
@@ -97,11 +100,13 @@ class DetectionPredictor:
     def __init__(self, cfg: Optional[CfgNode] = None):
         """
         Args:
-            cfg: a config of a detector with online proposals; MODEL.WEIGHTS is loaded, or weights stay random where it is empty. None
-                takes the packaged detector `model_zoo.DEFAULT_DETECTOR`.
+            cfg: a config of a detector with a proposal generator. MODEL.WEIGHTS is loaded; weights are random if it is empty. Default:
+                None, the packaged detector `model_zoo.DEFAULT_DETECTOR`.
 
         Raises:
-            ValueError: no detector, a detector that waits for precomputed proposals, or weights that lack parameters.
+            FileNotFoundError: the file of weights does not exist.
+            UserError: the config is not of a detector, or of one that needs precomputed proposals; a wrong device; or weights that lack
+                parameters of the model.
         """
         cfg = model_zoo.get_config(model_zoo.DEFAULT_DETECTOR) if cfg is None else cfg
         if cfg.MODEL.META_ARCHITECTURE in ALONE:
@@ -118,16 +123,17 @@ class DetectionPredictor:
 
     @torch.no_grad()
     def __call__(self, image: AnyImage) -> Instances:
-        """
+        """Computes the detections of an image.
+
         Args:
             image: see `ProposalPredictor`.
 
         Returns:
-            Instances, best first, in the frame of the image: pred_boxes, scores, pred_classes and, if the detector has them, pred_masks
+            Instances, best first, in the frame of the image: pred_boxes, scores, pred_classes and, if the detector has masks, pred_masks
             (N, H, W) bool.
 
         Raises:
-            ImageError: not such an image, or one without pixels.
+            ImageError: the argument is no image, or has no pixels.
         """
         (output,) = self.model([prepare_image(image, self.resize, self.cfg)])
         bound_kept_memory()
@@ -135,39 +141,42 @@ class DetectionPredictor:
 
 
 def load_model(cfg: CfgNode) -> torch.nn.Module:
-    """The model of a config with its weights, random where MODEL.WEIGHTS is empty.
+    """Builds the model of a config and loads its weights. They are random if MODEL.WEIGHTS is empty.
+
+    Args:
+        cfg: a config of any model of this package or of Detectron2.
 
     Raises:
-        FileNotFoundError: no such file of weights.
-        UserError: a device that is not there, no checkpoint, or one that lacks parameters of the model; the message names them.
+        FileNotFoundError: the file of weights does not exist.
+        UserError: the device does not exist, or the file is no checkpoint or lacks parameters of the model; the message names them.
     """
     check_device(cfg)
-    # Convolutions run faster in this layout on CPUs and on CUDA.
+    # In this layout, convolutions are faster on CPUs and on CUDA.
     model = build_model(cfg).to(memory_format=torch.channels_last)
     if cfg.MODEL.WEIGHTS:
         StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return model
 
 
-def _build(cfg: CfgNode, dtype: str = "float32", compiled: bool = False) -> tuple:
-    """The model ready to run, and what resizes its images."""
+def _build(cfg: CfgNode, dtype: str = "float32", compiled: bool = False) -> tuple[torch.nn.Module, ResizeShortestEdge]:
+    """The model, prepared for inference, and the augmentation that resizes its images."""
     resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
     return prepare_for_inference(load_model(cfg), dtype, compiled=compiled), resize
 
 
-def prepare_image(image: AnyImage, resize: ResizeShortestEdge, cfg: CfgNode) -> dict:
-    """What a model takes for an image.
+def prepare_image(image: AnyImage, resize: ResizeShortestEdge, cfg: CfgNode) -> dict[str, Any]:
+    """Makes the input of a model from an image.
 
     Args:
-        image: see `images.to_pixels`.
-        resize: to the size that the model is meant for.
-        cfg: for INPUT.FORMAT, the order of the model's channels.
+        image: see `data.images.to_pixels`.
+        resize: resizes the image to the size that the model was trained for.
+        cfg: a config; INPUT.FORMAT is the channel order of the model.
 
     Returns:
         {"image": (3, h, w) uint8, "height": H, "width": W}.
 
     Raises:
-        ImageError: not such an image, or one without pixels.
+        ImageError: the argument is no image, or has no pixels.
     """
     image = to_pixels(image)
     resized = resize.get_transform(image).apply_image(image)

@@ -1,6 +1,6 @@
-"""Prepares a trained model for inference: batch norms merged, weights cast once, fused kernels where they work."""
+"""Prepares a trained model for inference: merges batch norms, casts weights once, and uses fused kernels on CPUs that support them."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from detectron2.modeling.backbone import Backbone
@@ -14,23 +14,23 @@ DTYPES = ("float32", "bfloat16")
 
 
 def prepare_for_inference(model: nn.Module, dtype: str = "float32", *, compiled: bool = False) -> nn.Module:
-    """Change a model in place into one that computes the same in evaluation, faster. It is then called in the context of `autocast`.
+    """Accelerates a model in place, for evaluation only. The model has to be called in the context of `autocast`.
 
-    Batch norms are merged into convolutions. For "bfloat16" the weights that autocast would cast for every image are cast once. On a CPU
-    whose kernels pass their probe (`fused.can_fuse`), convolutions apply the ReLU after them and oneDNN computes linear layers; the model
-    then has to stay on the CPU. The model has no gradients afterwards.
+    Batch norms are merged into convolutions. With "bfloat16", weights are cast once instead of for every image. On a CPU whose kernels pass
+    a test (`fused.can_fuse`), convolutions also compute the ReLU that follows them, and oneDNN computes linear layers; the model then has
+    to stay on the CPU. The outputs do not change except for rounding. The model has no gradients afterwards.
 
     Args:
         model: any model of this package or of Detectron2, with its weights.
         dtype: "float32" (default) or "bfloat16".
-        compiled: compile the trunk, or the backbone, for images of one size: when it first runs, which on a CPU needs a C++ compiler and
-            about a minute. Further sizes are compiled, too, up to torch._dynamo.config.recompile_limit. Default: False.
+        compiled: whether the trunk, or the backbone, is compiled for each size of images when it first runs on that size, up to
+            torch._dynamo.config.recompile_limit sizes. On a CPU, this needs a C++ compiler and takes about a minute. Default: False.
 
     Returns:
         `model`, in evaluation mode.
 
     Raises:
-        UserError: another dtype.
+        UserError: `dtype` has another value.
     """
     _check(dtype)
     model = fold_batch_norm(model.eval()).requires_grad_(False)
@@ -40,28 +40,28 @@ def prepare_for_inference(model: nn.Module, dtype: str = "float32", *, compiled:
                 module.to(torch.bfloat16)
     backbones = _backbones(model) if compiled else []
     if next(model.parameters()).device.type == "cpu" and can_fuse(getattr(torch, dtype)):
-        # In compiled backbones the compiler fuses layers itself.
+        # The compiler fuses the layers of compiled backbones.
         fuse_layers(model, leave=backbones)
     for backbone in backbones:
         backbone.forward = torch.compile(backbone.forward, dynamic=False, options={"freezing": True})
     return model
 
 
-def _backbones(model: nn.Module) -> list:
-    """Backbones that are not part of another."""
+def _backbones(model: nn.Module) -> list[nn.Module]:
+    """The backbones that are not part of another backbone."""
     names = [name for name, module in model.named_modules() if isinstance(module, Backbone)]
     return [model.get_submodule(name) for name in names if not any(name.startswith(other + ".") for other in names)]
 
 
-def autocast(device: torch.device, dtype: str):
-    """The context in which a model that was prepared for `dtype` is called.
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
+    """Returns the context in which a model has to be called that was prepared for `dtype`.
 
     Args:
-        device: on which the model is.
+        device: device of the model.
         dtype: "float32" or "bfloat16", as given to `prepare_for_inference`.
 
     Raises:
-        UserError: another dtype.
+        UserError: `dtype` has another value.
     """
     _check(dtype)
     return torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
