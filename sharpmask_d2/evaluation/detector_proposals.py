@@ -3,7 +3,7 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from detectron2.structures import Boxes, BoxMode, Instances
@@ -115,7 +115,7 @@ class _RleMasks(list):
         return list(self)
 
 
-def _from_file(record: dict) -> Instances:
+def _from_file(record: dict[str, Any]) -> Instances:
     proposals = Instances((record["height"], record["width"]))
     boxes = BoxMode.convert(record["proposal_boxes"], record["proposal_bbox_mode"], BoxMode.XYXY_ABS)
     proposals.proposal_boxes = Boxes(boxes)

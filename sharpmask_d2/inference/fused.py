@@ -10,7 +10,7 @@ Shape letters: B images or windows, C channels, H W height and width, F features
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from detectron2.layers import Conv2d
@@ -130,7 +130,7 @@ def fuse_layers(module: nn.Module, *, leave: Sequence[nn.Module] = ()) -> nn.Mod
     return module
 
 
-def _is_known(conv: Optional[nn.Module]) -> bool:
+def _is_known(conv: Any) -> bool:
     """Whether a module is a convolution of a known class, with numeric padding and without a norm."""
     return (
         type(conv) in (nn.Conv2d, Conv2d, MirroredConv2d, EvenSameConv2d)
@@ -140,17 +140,17 @@ def _is_known(conv: Optional[nn.Module]) -> bool:
     )
 
 
-def _is_plain(conv: Optional[nn.Module]) -> bool:
+def _is_plain(conv: Any) -> bool:
     """Whether a module is a known convolution without an activation."""
     return _is_known(conv) and _own_activation(conv) is None
 
 
-def _is_plain_bottleneck(block: Optional[nn.Module]) -> bool:
+def _is_plain_bottleneck(block: Any) -> bool:
     """Whether a module is a bottleneck of Detectron2 whose norms have been merged."""
     return type(block) is BottleneckBlock and all(map(_is_plain, (block.conv1, block.conv2, block.conv3)))
 
 
-def _own_activation(conv: Optional[nn.Module]) -> Optional[nn.Module]:
+def _own_activation(conv: Any) -> Optional[nn.Module]:
     return getattr(conv, "activation", None)
 
 

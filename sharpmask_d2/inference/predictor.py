@@ -158,7 +158,7 @@ def load_model(cfg: CfgNode) -> torch.nn.Module:
     return model
 
 
-def _build(cfg: CfgNode, dtype: str = "float32", compiled: bool = False) -> tuple[torch.nn.Module, ResizeShortestEdge]:
+def _build(cfg: CfgNode, dtype: str = "float32", compiled: bool = False) -> tuple[Any, ResizeShortestEdge]:
     """The model, prepared for inference, and the augmentation that resizes its images."""
     resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
     return prepare_for_inference(load_model(cfg), dtype, compiled=compiled), resize

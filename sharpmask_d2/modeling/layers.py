@@ -6,6 +6,7 @@ Shape letters: B batch, C channels, H W height and width.
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import UserError
 
 
-def mirror_pad(x: Tensor, padding: tuple) -> Tensor:
+def mirror_pad(x: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
     """Continue a map beyond its borders by mirroring it, the edge included (cba|abc|cba).
 
     Its gradient is that of the released code, which treats the border as a constant: what flows into the border is dropped.
@@ -37,7 +38,7 @@ def mirror_pad(x: Tensor, padding: tuple) -> Tensor:
     return _mirror(x, padding)
 
 
-def _mirror(x: Tensor, padding: tuple) -> Tensor:
+def _mirror(x: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
     if max(padding) == 1:
         # On a CPU, autocast would do this in float32.
         with torch.autocast(x.device.type, enabled=False):
@@ -49,12 +50,12 @@ def _mirror(x: Tensor, padding: tuple) -> Tensor:
 
 class _MirrorPad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, padding: tuple) -> Tensor:
+    def forward(ctx, x: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
         ctx.padding = padding
         return _mirror(x, padding)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         left, right, top, bottom = ctx.padding
         height, width = gradient.shape[2:]
         return gradient[:, :, top : height - bottom, left : width - right], None
@@ -156,7 +157,7 @@ class EvenSameConv2d(Successor):
     """
 
     @property
-    def even_padding(self) -> tuple:
+    def even_padding(self) -> tuple[int, ...]:
         return tuple(size // 2 for size in self.kernel_size)
 
     def even_weight(self) -> Tensor:
@@ -184,7 +185,7 @@ def use_even_padding(module: nn.Module) -> nn.Module:
     return module
 
 
-def _borders(conv: nn.Conv2d) -> tuple:
+def _borders(conv: nn.Conv2d) -> tuple[int, ...]:
     if type(conv).__name__ == "Conv2dSame" or conv.padding == "same":
         sides = []
         for kernel, stride, dilation in zip(conv.kernel_size[::-1], conv.stride[::-1], conv.dilation[::-1]):
@@ -288,7 +289,7 @@ def fold_batch_norm(module: nn.Module, *, leave: Collection = ()) -> nn.Module:
     return module
 
 
-def _convolutions_and_norms(module: nn.Module) -> list:
+def _convolutions_and_norms(module: nn.Module) -> list[tuple[nn.Conv2d, Optional[str], nn.Module]]:
     """The plain convolutions among the children of `module` that have a batch norm, the name of the child that it is, and the batch norm.
 
     The name is None where the convolution holds the batch norm.
@@ -313,7 +314,7 @@ def _is_batch_norm(module) -> bool:
     return isinstance(module, nn.Module) and tensors and hasattr(module, "eps")
 
 
-def find_separate_norms(module: nn.Module, image: Tensor) -> tuple:
+def find_separate_norms(module: nn.Module, image: Tensor) -> tuple[set[str], Any]:
     """Find batch norms that `fold_batch_norm` would merge because of their position but must not: those that do not read the convolution's
     output, or do not read it alone, because another layer reads it or `module` returns it.
 

@@ -5,6 +5,8 @@ Shape letters:
     K: classes
 """
 
+from typing import Any
+
 import torch
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.modeling.postprocessing import detector_postprocess
@@ -25,7 +27,7 @@ class ProposalMaskTTA(GeneralizedRCNNWithTTA):
     horizontal flips, from `TEST.AUG`. Detectors with a mask head or without masks are augmented as in Detectron2.
     """
 
-    def _inference_one_image(self, input: dict) -> dict:
+    def _inference_one_image(self, input: dict[str, Any]) -> dict[str, Instances]:
         if not getattr(self.model.roi_heads, "keeps_proposal_masks", False):
             return super()._inference_one_image(input)
         original_size = input["height"], input["width"]

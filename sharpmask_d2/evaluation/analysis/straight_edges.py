@@ -9,6 +9,8 @@ Shape letters:
     E: boundaries between two neighbouring rows of pixels
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 from pycocotools import mask as mask_utils
@@ -55,7 +57,7 @@ def _longest_horizontal_run(mask: np.ndarray, border: float) -> int:
     return int(lengths[line[changes[:-1] + 1] != 0].max(initial=0))
 
 
-def has_straight_edge(rle: dict) -> bool:
+def has_straight_edge(rle: dict[str, Any]) -> bool:
     """Decide whether a straight piece of the outline, away from the image border, exceeds 40 % of the larger side of the tight box.
 
     Args:

@@ -134,7 +134,7 @@ class ImagePyramid(SegmentGenerator):
                 logits[batch_places] = batch
         return logits
 
-    def levels(self, image_size: tuple, octaves: float = 0.0) -> list:
+    def levels(self, image_size: tuple[int, int], octaves: float = 0.0) -> list[Level]:
         """The levels of an image.
 
         Args:

@@ -24,12 +24,12 @@ class Level(NamedTuple):
         shift: (y, x) by which the centres of the level's windows are shifted, in pixels of the level; default: (0, 0).
     """
 
-    image_size: tuple
-    size: tuple
-    shift: tuple = (0, 0)
+    image_size: tuple[int, int]
+    size: tuple[int, int]
+    shift: tuple[int, int] = (0, 0)
 
 
-def pyramid_levels(image_size: tuple, exponents: list, shifts: list) -> list:
+def pyramid_levels(image_size: tuple[int, int], exponents: list[float], shifts: list[tuple[int, int]]) -> list[Level]:
     """The levels of an image.
 
     Args:
@@ -48,7 +48,7 @@ def pyramid_levels(image_size: tuple, exponents: list, shifts: list) -> list:
     return levels
 
 
-def grid_shifts(stride: int, grid_stride: int) -> list:
+def grid_shifts(stride: int, grid_stride: int) -> list[tuple[int, int]]:
     """Shifts of the input by which grids of `stride` pixels interleave to one of `grid_stride` pixels.
 
     Args:
@@ -69,7 +69,7 @@ def grid_shifts(stride: int, grid_stride: int) -> list:
     return [(y, x) for y in steps for x in steps]
 
 
-def level_padding(level: Level, window_size: int, divisor: int) -> tuple:
+def level_padding(level: Level, window_size: int, divisor: int) -> tuple[int, int, int, int]:
     """Border around a level's image that lets windows be centred on its edges.
 
     It is half a window on every side, moved by the level's shift; right and bottom borders grow until the sides are multiples of `divisor`.
@@ -108,7 +108,7 @@ def cell_windows(level: Level, ys: Tensor, xs: Tensor, window_size: int, stride:
     return torch.cat([(centres - half) * scale, (centres + half) * scale], dim=1)
 
 
-def grid_size(level: Level, window_size: int, stride: int, divisor: int) -> tuple:
+def grid_size(level: Level, window_size: int, stride: int, divisor: int) -> tuple[int, ...]:
     """Rows and columns of the grid that the network returns for a level, known without running it.
 
     Args:
@@ -125,7 +125,9 @@ def grid_size(level: Level, window_size: int, stride: int, divisor: int) -> tupl
     return tuple(-(-side // stride) - window_size // stride + 1 for side in sides)
 
 
-def grid_windows(levels: list, sizes: list, window_size: int, stride: int, device) -> Tensor:
+def grid_windows(
+    levels: list[Level], sizes: list[tuple[int, int]], window_size: int, stride: int, device: torch.device
+) -> Tensor:
     """Windows of all cells of an image, level by level and row by row.
 
     Args:
@@ -145,7 +147,7 @@ def grid_windows(levels: list, sizes: list, window_size: int, stride: int, devic
     return torch.cat(windows)
 
 
-def split_cells(cells: Tensor, sizes: list) -> list:
+def split_cells(cells: Tensor, sizes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
     """Numbers of cells, counted over all levels, as rows and columns of each level.
 
     Args:

@@ -33,7 +33,7 @@ class WindowGrid(NamedTuple):
 
     scores: Tensor
     embeddings: Tensor
-    features: dict
+    features: dict[str, Tensor]
 
     def of_image(self, number: int) -> "WindowGrid":
         """The grid of image `number` of the batch, with B = 1."""
@@ -54,8 +54,8 @@ class SharpMaskNetwork(nn.Module):
         mask_branch: nn.Module,
         window_size: int,
         context: int,
-        pixel_mean: list,
-        pixel_std: list,
+        pixel_mean: list[float],
+        pixel_std: list[float],
         resizing: str = "antialiased",
         freeze_feedforward: bool = False,
     ):
@@ -146,7 +146,7 @@ class SharpMaskNetwork(nn.Module):
         mean, std = (_row(x, images.shape[3]) for x in (self.pixel_mean, self.pixel_std))
         return (images - mean).div_(std)
 
-    def forward(self, patches: Tensor) -> tuple:
+    def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and masks of patches.
 
         Args:
@@ -187,7 +187,7 @@ class SharpMaskNetwork(nn.Module):
         """
         return self.grid_from_features(self.trunk(self.normalize(images)))
 
-    def grid_from_features(self, features: dict) -> WindowGrid:
+    def grid_from_features(self, features: dict[str, Tensor]) -> WindowGrid:
         """The grid of images whose features are computed elsewhere, such as by a detector's backbone.
 
         Args:
@@ -250,7 +250,7 @@ class SharpMaskNetwork(nn.Module):
 class GivenFeatures(Backbone):
     """Takes the place of a trunk where features are computed elsewhere, and declares them (see `SharpMaskNetwork.grid_from_features`)."""
 
-    def __init__(self, shapes: dict):
+    def __init__(self, shapes: dict[str, ShapeSpec]):
         """
         Args:
             shapes: name -> ShapeSpec of the features.
@@ -258,10 +258,10 @@ class GivenFeatures(Backbone):
         super().__init__()
         self._shapes = dict(shapes)
 
-    def forward(self, x: Tensor) -> dict:
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError("this network has no trunk: it reads the features of a detector's backbone")
 
-    def output_shape(self) -> dict:
+    def output_shape(self) -> dict[str, ShapeSpec]:
         return self._shapes
 
 
@@ -281,7 +281,7 @@ def _row(x: Tensor, width: int) -> Tensor:
     return x.expand(-1, 1, width).permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
-def _window_view(x: Tensor, size: int, step: int, grid_size: tuple) -> Tensor:
+def _window_view(x: Tensor, size: int, step: int, grid_size: tuple[int, int]) -> Tensor:
     """(B, C, h, w) as a view (B, Y, X, size, size, C): the part of the map under every window, whose rows are contiguous in memory."""
     short = [max(0, step * (cells - 1) + size - side) for cells, side in zip(grid_size, x.shape[2:])]
     if any(short):

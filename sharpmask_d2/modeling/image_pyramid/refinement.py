@@ -23,7 +23,7 @@ def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return MirroredConv2d(nn.Conv2d(in_channels, out_channels, 3, padding=1))
 
 
-def _chain(channels: list) -> nn.Sequential:
+def _chain(channels: list[int]) -> nn.Sequential:
     """3x3 convolutions through the channel counts given, with ReLU between them and none after the last."""
     layers = []
     for before, after in zip(channels, channels[1:]):
@@ -36,7 +36,7 @@ def _skip_path(feature: ShapeSpec, hidden: int, out_channels: int, num_convs: in
     return _chain([feature.channels, *hidden_channels, out_channels])
 
 
-def module_channels(channels: int, schedule: str, num_modules: int) -> list:
+def module_channels(channels: int, schedule: str, num_modules: int) -> list[int]:
     """Channels k of every refinement module, and of the map that the last one returns (SharpMask, section 3.2).
 
     Args:
@@ -126,7 +126,7 @@ def _upsample_bilinearly(x: Tensor) -> Tensor:
 class _MaskBranch(nn.Module):
     """What the mask branches share: the linear layer from the embedding to the first map, and the names of the skip features."""
 
-    def __init__(self, features: dict, embed_dim: int, channels: int, window_size: int):
+    def __init__(self, features: dict[str, ShapeSpec], embed_dim: int, channels: int, window_size: int):
         super().__init__()
         specs = list(features.values())
         for name, coarse, fine in zip(list(features)[1:], specs, specs[1:]):
@@ -154,7 +154,7 @@ class SharpMaskRefinement(_MaskBranch):
     def __init__(
         self,
         *,
-        features: dict,
+        features: dict[str, ShapeSpec],
         embed_dim: int,
         window_size: int,
         channels: int,
@@ -187,7 +187,7 @@ class SharpMaskRefinement(_MaskBranch):
         )
         self.to_mask, self.upsampling = _conv3x3(ks[-1], 1), upsampling
 
-    def horizontal(self, features: dict) -> list:
+    def horizontal(self, features: dict[str, Tensor]) -> list[Tensor]:
         """Run the skip path, once per image.
 
         Args:
@@ -198,7 +198,7 @@ class SharpMaskRefinement(_MaskBranch):
         """
         return [step.horizontal(features[name]) for name, step in zip(self.skip_features, self.steps)]
 
-    def forward(self, embeddings: Tensor, skips: list) -> Tensor:
+    def forward(self, embeddings: Tensor, skips: list[Tensor]) -> Tensor:
         """
         Args:
             embeddings: (N, E).
@@ -216,7 +216,7 @@ class SharpMaskRefinement(_MaskBranch):
 class SkipRefinement(_MaskBranch):
     """Baseline "skip" of the paper's figure 1: a one-channel mask to which every skip feature adds, without convolutions top-down."""
 
-    def __init__(self, *, features: dict, embed_dim: int, window_size: int):
+    def __init__(self, *, features: dict[str, ShapeSpec], embed_dim: int, window_size: int):
         """
         Args:
             features: name -> ShapeSpec of the skip features, coarse to fine, each with half the stride of the one before.
@@ -229,7 +229,7 @@ class SkipRefinement(_MaskBranch):
         super().__init__(features, embed_dim, 1, window_size)
         self.predictors = nn.ModuleList(_skip_path(feature, 16, 1, 3) for feature in features.values())
 
-    def horizontal(self, features: dict) -> list:
+    def horizontal(self, features: dict[str, Tensor]) -> list[Tensor]:
         """Predict a one-channel map from each skip feature, once per image.
 
         Args:
@@ -240,7 +240,7 @@ class SkipRefinement(_MaskBranch):
         """
         return [predictor(features[name]) for name, predictor in zip(self.skip_features, self.predictors)]
 
-    def forward(self, embeddings: Tensor, skips: list) -> Tensor:
+    def forward(self, embeddings: Tensor, skips: list[Tensor]) -> Tensor:
         """
         Args:
             embeddings: (N, E).
@@ -258,7 +258,7 @@ class SkipRefinement(_MaskBranch):
 class MultiscaleRefinement(SkipRefinement):
     """Baseline "multiscale" of the paper's figure 1: the coarse mask and independent predictions of the layers, upsampled and averaged."""
 
-    def forward(self, embeddings: Tensor, skips: list) -> Tensor:
+    def forward(self, embeddings: Tensor, skips: list[Tensor]) -> Tensor:
         """
         Args:
             embeddings: (N, E).

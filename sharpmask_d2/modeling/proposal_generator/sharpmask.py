@@ -5,7 +5,7 @@ P positive windows among them, M side of the target masks in cells.
 """
 
 import math
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +140,7 @@ class SharpMaskGenerator(LearntGenerator, NotExportable):
         # Detectron2 matches ImageNet weights by the ends of names, and must not load them into this trunk instead of the backbone.
         names = tuple(self.state_dict())
 
-        def drop(module, state: dict, prefix: str, metadata) -> None:
+        def drop(module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
             for name in [name for name in state if name.startswith(prefix)]:
                 del state[name]
 
