@@ -87,9 +87,7 @@ def test_the_key_lowers_scores_on_image_pyramids(tiny_cfg):
     for tiny_cfg.MODEL.SHARPMASK.TEST.MASK_STABILITY in (False, True):
         torch.manual_seed(0)
         predictor = ProposalPredictor(tiny_cfg)
-        network = predictor.model.pyramid.network
-        # The drawn masks have 56 x 56 cells.
-        network.mask_batches, network.mask_branch.mask_size = drawn, 56
+        predictor.model.pyramid.network.mask_batches = drawn
         proposals = predictor(image)
         windows = [tuple(window) for window in proposals.proposal_masks.windows.tolist()]
         probabilities = proposals.objectness_logits.double().sigmoid()
