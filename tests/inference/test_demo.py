@@ -1,4 +1,4 @@
-"""From photographs to classified, masked detections: predictor, pictures and JSON."""
+"""Detections of photographs: predictor, pictures and JSON."""
 
 import json
 
@@ -18,7 +18,7 @@ from sharpmask_d2.inference.predictor import DetectionPredictor
 
 @pytest.fixture
 def dataset(make_dataset, tmp_path):
-    """Name of a registered drawn dataset with categories 3, odd, and 7, even."""
+    """Name of a registered dataset of drawn images with the categories 3 (odd) and 7 (even)."""
     drawn = make_dataset(tmp_path / "drawn")
     name = f"drawn_{tmp_path.name}"
     register_datasets([(name, str(drawn.annotations), str(drawn.image_root))])
@@ -27,7 +27,7 @@ def dataset(make_dataset, tmp_path):
 
 @pytest.fixture
 def detector_cfg(tiny_cfg, dataset):
-    """A detector of two classes on SharpMask proposals, small and untrained."""
+    """The config of a small, untrained detector of two classes with SharpMask proposals."""
     cfg = tiny_cfg
     to_small_detector(cfg, roi_heads="ProposalMaskROIHeads", num_classes=2)
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
@@ -51,7 +51,7 @@ def run(config_file, photographs, output, **options) -> int:
     )
 
 
-def test_json_and_pictures_of_all_images(config_file, photographs, tmp_path):
+def test_json_and_pictures_hold_the_detections_of_all_images(config_file, photographs, tmp_path):
     output = tmp_path / "out"
     assert run(config_file, photographs, output, score_threshold=0.0) == 0
     results = json.loads((output / "detections.json").read_text())
@@ -67,21 +67,21 @@ def test_json_and_pictures_of_all_images(config_file, photographs, tmp_path):
         assert np.abs(before.astype(int) - after).mean() > 5
 
 
-def test_pictures_show_only_what_reaches_the_threshold(config_file, photographs, tmp_path):
+def test_pictures_show_only_detections_that_reach_the_threshold(config_file, photographs, tmp_path):
     run(config_file, photographs, tmp_path / "out", score_threshold=1.01)
     before, after = cv2.imread(str(photographs / "0.png")), cv2.imread(str(tmp_path / "out" / "0.jpg"))
-    # Only JPEG stands between them.
+    # The images differ only by the compression of JPEG.
     assert np.abs(before.astype(int) - after).mean() < 5
 
 
-def test_a_broken_image_is_named_and_the_rest_is_there(config_file, photographs, tmp_path, capsys):
+def test_a_broken_image_is_reported_and_all_others_are_processed(config_file, photographs, tmp_path, capsys):
     (photographs / "0.png").write_bytes(b"no image")
     assert run(config_file, photographs, tmp_path / "out") == 1
     assert "0.png" in capsys.readouterr().err
     assert {r["image_id"] for r in json.loads((tmp_path / "out" / "detections.json").read_text())} == {2, 3}
 
 
-def test_results_have_the_ids_of_the_dataset(dataset):
+def test_results_have_the_category_ids_of_the_dataset(dataset):
     metadata = detect.dataset_metadata(dataset)
     instances = Instances((20, 30))
     instances.pred_boxes = Boxes(torch.tensor([[1.0, 2.0, 11.0, 6.0]]))
@@ -101,7 +101,7 @@ def test_results_have_the_ids_of_the_dataset(dataset):
     assert np.array_equal(mask_util.decode(rle).astype(bool), instances.pred_masks[0].numpy())
 
 
-def test_a_dataset_whose_classes_nobody_knows_is_named():
+def test_a_dataset_without_class_names_is_an_error_that_names_it():
     MetadataCatalog.get("nobody_s_data")
     with pytest.raises(ValueError, match="nobody_s_data"):
         detect.dataset_metadata("nobody_s_data")
@@ -117,13 +117,13 @@ def test_the_packaged_detector_finds_the_astronaut():
     names = detect.dataset_metadata("coco_2017_train").thing_classes
     assert names[instances.pred_classes[0]] == "person"
     x0, y0, x1, y1 = instances.pred_boxes.tensor[0].tolist()
-    # Her face.
+    # The box contains the face.
     assert x0 < 225 < x1
     assert y0 < 110 < y1
     assert instances.pred_masks[0].any()
 
 
-def test_predictor_resizes_and_gives_back_the_frame_of_the_image(detector_cfg, config_file):
+def test_detections_are_in_the_frame_of_the_original_image(detector_cfg, config_file):
     detector_cfg.INPUT.MIN_SIZE_TEST = 160
     image = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
     instances = DetectionPredictor(detector_cfg)(image)
@@ -132,7 +132,7 @@ def test_predictor_resizes_and_gives_back_the_frame_of_the_image(detector_cfg, c
     assert (instances.pred_boxes.tensor <= torch.tensor([100, 80, 100, 80])).all()
 
 
-def test_predictor_refuses_what_it_cannot_run(detector_cfg, config_file):
+def test_the_predictor_rejects_wrong_images_and_configs(detector_cfg, config_file):
     with pytest.raises(ValueError, match="float32"):
         DetectionPredictor(detector_cfg)(np.zeros((5, 5, 3), dtype=np.float32))
     detector_cfg.MODEL.LOAD_PROPOSALS = True
@@ -142,13 +142,13 @@ def test_predictor_refuses_what_it_cannot_run(detector_cfg, config_file):
         DetectionPredictor(model_zoo.get_config("sharpmask_lite0"))
 
 
-def test_weights_of_another_model_are_refused(detector_cfg, config_file):
+def test_weights_of_another_model_are_an_error(detector_cfg, config_file):
     detector_cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 12
     with pytest.raises(ValueError, match=r"model\.pth does not fit"):
         DetectionPredictor(detector_cfg)
 
 
-def test_the_generator_s_own_weights_need_not_be_in_the_detector_s_file(detector_cfg, config_file, tmp_path):
+def test_weights_of_the_generator_may_be_in_a_separate_file(detector_cfg, config_file, tmp_path):
     state = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
     prefix = "proposal_generator."
     torch.save({"model": {k: v for k, v in state.items() if not k.startswith(prefix)}}, tmp_path / "model.pth")

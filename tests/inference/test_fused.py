@@ -1,4 +1,4 @@
-"""Fused kernels against plain layers, and the probe that keeps kernels away which are missing or wrong."""
+"""Fused kernels, compared with plain layers, and the test that excludes missing or wrong kernels."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -46,7 +46,7 @@ def _fused(module: nn.Module) -> list:
 @pytest.mark.parametrize("kind", ["R50", "R18", "lite0"])
 @pytest.mark.parametrize("padding", ["mirrored", "zeros"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_fused_trunks_are_the_same_function(kind, padding, layout):
+def test_fused_trunks_compute_the_features_of_plain_layers(kind, padding, layout):
     trunk = _trunk(kind, padding)
     images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=layout)
     given = images.clone()
@@ -54,7 +54,7 @@ def test_fused_trunks_are_the_same_function(kind, padding, layout):
     names = set(trunk.state_dict())
     found = fuse_layers(trunk)(images)
     assert torch.equal(images, given)
-    # A feature that was overwritten by the block after it would show.
+    # The test fails if a block overwrites a feature that is returned.
     for name, feature in expected.items():
         assert feature.abs().max() > 0.1
         torch.testing.assert_close(found[name], feature, atol=1e-4 * float(feature.abs().max()), rtol=1e-4)
@@ -64,7 +64,7 @@ def test_fused_trunks_are_the_same_function(kind, padding, layout):
 
 @needs_bfloat16
 @pytest.mark.parametrize("kind", ["R50", "lite0"])
-def test_in_bfloat16_they_are_as_near_to_float32_as_autocast(kind):
+def test_fused_trunks_in_bfloat16_are_as_exact_as_autocast(kind):
     trunk = _trunk(kind, "mirrored")
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     exact = trunk(images)
@@ -77,7 +77,7 @@ def test_in_bfloat16_they_are_as_near_to_float32_as_autocast(kind):
         assert float((found[name].float() - feature).square().mean().sqrt()) <= 1.2 * spread
 
 
-def test_what_follows_is_fused_only_where_it_is_known_to_follow():
+def test_an_activation_is_fused_only_if_it_is_known_to_follow_the_convolution():
     conv = nn.Conv2d(3, 4, 3)
     sequence = nn.Sequential(
         conv, nn.ReLU6(), nn.Conv2d(4, 4, 1), nn.SiLU(), MirroredConv2d(nn.Conv2d(4, 4, 3, padding=1))
@@ -103,7 +103,7 @@ def test_what_follows_is_fused_only_where_it_is_known_to_follow():
 
 
 @pytest.mark.parametrize("upsampled", [False, True])
-def test_a_refinement_module_is_fused_on_its_skip_path_alone(upsampled):
+def test_only_the_skip_path_of_a_refinement_module_is_fused(upsampled):
     from detectron2.layers import ShapeSpec
 
     torch.manual_seed(0)
@@ -119,7 +119,7 @@ def test_a_refinement_module_is_fused_on_its_skip_path_alone(upsampled):
     assert len(_fused(module)) == len(_fused(module.horizontal)) == 2
 
 
-def test_bottlenecks_with_a_norm_stay_as_they_are():
+def test_bottlenecks_with_a_norm_are_not_fused():
     trunk = ResNetTrunk(depth=50, stride_in_1x1=True, norm="FrozenBN", padding="zeros", out_features=["res2"])
     fuse_layers(trunk)
     assert not _fused(trunk)
@@ -127,11 +127,11 @@ def test_bottlenecks_with_a_norm_stay_as_they_are():
 
 @pytest.mark.parametrize("shape", [(0, 5), (1, 5), (7, 5), (2, 3, 5)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_layers_are_the_same_function(shape, bias):
+def test_fused_linear_layers_compute_the_outputs_of_plain_layers(shape, bias):
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(5, 6, bias=bias), nn.ReLU(), nn.Linear(6, 4)).requires_grad_(False)
     x = torch.randn(shape)
-    # As it comes out of a map of other layout.
+    # The input is not contiguous.
     x = x.transpose(0, -1).contiguous().transpose(0, -1)
     expected = layers(x)
     found = fuse_layers(layers)(x)
@@ -140,7 +140,7 @@ def test_linear_layers_are_the_same_function(shape, bias):
 
 
 @needs_bfloat16
-def test_linear_layers_take_the_dtype_of_their_weights():
+def test_outputs_of_fused_linear_layers_have_the_dtype_of_their_weights():
     linear = nn.Linear(64, 32).requires_grad_(False)
     x = torch.randn(9, 64)
     with autocast(torch.device("cpu"), "bfloat16"):
@@ -151,14 +151,14 @@ def test_linear_layers_take_the_dtype_of_their_weights():
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
-def test_no_regions_of_interest_are_no_error(dtype):
+def test_fused_blocks_accept_an_empty_batch(dtype):
     blocks = _trunk("R50", "zeros").stages[1]
     with autocast(torch.device("cpu"), dtype):
         found = prepare_for_inference(nn.Sequential(blocks), dtype)(torch.zeros(0, 256, 14, 14))
     assert found.shape == (0, 512, 7, 7)
 
 
-def test_a_bottleneck_without_projection_leaves_the_input_of_its_stage():
+def test_a_bottleneck_without_projection_does_not_overwrite_the_input_of_its_stage():
     torch.manual_seed(0)
     blocks = [BottleneckBlock(8, 8, bottleneck_channels=4, norm="") for _ in range(2)]
     stage = nn.Sequential(*blocks).requires_grad_(False)
@@ -172,7 +172,7 @@ def test_a_bottleneck_without_projection_leaves_the_input_of_its_stage():
 
 @pytest.fixture
 def forgotten():
-    """The probe as in a new process, before the test and after it."""
+    """Makes the test of kernels run again, as in a new process, before and after the test."""
     can_fuse.cache_clear()
     yield
     can_fuse.cache_clear()
@@ -199,7 +199,7 @@ def without_bias(x, weight, bias, *post_operation):
         ("_linear_pointwise", without_bias, r"a linear layer with bias is off by \S+ of its largest output$"),
     ],
 )
-def test_kernels_that_are_missing_or_wrong_are_left_out_with_one_line(monkeypatch, caplog, operator, kernel, reason):
+def test_missing_or_wrong_kernels_are_not_used_and_logged_in_one_line(monkeypatch, caplog, operator, kernel, reason):
     monkeypatch.setattr(torch.ops.mkldnn, operator, kernel)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(6, 5))
     x = torch.randn(2, 3, 8, 8)
@@ -214,7 +214,7 @@ def test_kernels_that_are_missing_or_wrong_are_left_out_with_one_line(monkeypatc
 
 
 @pytest.mark.usefixtures("forgotten")
-def test_the_probe_leaves_random_numbers_and_autocast_alone(caplog):
+def test_the_test_of_kernels_changes_neither_random_numbers_nor_autocast(caplog):
     torch.manual_seed(0)
     state = torch.get_rng_state()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,4 +1,4 @@
-"""From files to files: predictor, compute_proposals, the proposal generator in a detector, precomputed proposals, the model zoo."""
+"""Proposals of image files: predictor, `compute_proposals`, precomputed proposals and packaged models."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from sharpmask_d2.visualization import choose_distinct, draw_masks
 
 @pytest.fixture
 def tiny_config(tiny_cfg, tmp_path):
-    """A config file with weights for it, with 12 proposals an image."""
+    """A config file of a model with weights and 12 proposals per image."""
     cfg = tiny_cfg.clone()
     cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 12
     return write_with_weights(cfg, tmp_path)
@@ -43,7 +43,7 @@ def _compute(tiny_config, output, **options):
     )
 
 
-def test_results_json_pickle_and_pictures(tiny_config, photographs, tmp_path):
+def test_json_pickle_and_pictures_hold_the_proposals_of_all_images(tiny_config, photographs, tmp_path):
     output, pkl = tmp_path / "out" / "proposals.json", tmp_path / "proposals.pkl"
     status = _compute(tiny_config, output, input=[str(photographs)], pkl=str(pkl), visualize=str(tmp_path / "pictures"))
     assert status == 0
@@ -68,26 +68,26 @@ def test_results_json_pickle_and_pictures(tiny_config, photographs, tmp_path):
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
-def test_a_broken_image_is_named_and_left_out_and_the_rest_is_there(tiny_config, photographs, tmp_path, capsys):
+def test_a_broken_image_is_reported_and_all_others_are_processed(tiny_config, photographs, tmp_path, capsys):
     whole = (photographs / "1.png").read_bytes()
     (photographs / "1.png").write_bytes(whole[:40])
     output = tmp_path / "proposals.json"
     assert _compute(tiny_config, output, input=[str(photographs)]) == 1
     assert "1.png" in capsys.readouterr().err
     assert {r["image_id"] for r in json.loads(output.read_text())} == {1, 3}
-    # Mended, only that image is left to do.
+    # After the image is repaired, only this image is processed.
     (photographs / "1.png").write_bytes(whole)
     assert _compute(tiny_config, output, input=[str(photographs)]) == 0
     assert "2 of 3 images are done already" in capsys.readouterr().out
     assert {r["image_id"] for r in json.loads(output.read_text())} == {1, 2, 3}
 
 
-def test_a_stopped_run_goes_on_behind_the_last_whole_line(tmp_path):
+def test_a_stopped_run_resumes_after_the_last_complete_line(tmp_path):
     output = tmp_path / "proposals.json"
     writer = ProposalWriter(str(output), {"a": 1})
     for image_id in (7, 8):
         writer.add(image_id, [{"image_id": image_id, "bbox": [0, 0, 1, 1], "score": 0.5}])
-    # Killed while a third line was being written.
+    # The run is killed while it writes a third line.
     with open(writer.partial, "ab") as file:
         file.write(b'{"image": 9, "resul')
     writer.close()
@@ -101,7 +101,7 @@ def test_a_stopped_run_goes_on_behind_the_last_whole_line(tmp_path):
     assert [r["image_id"] for r in json.loads(output.read_text())] == [7, 8, 10]
 
 
-def test_a_run_that_ended_before_its_first_image_stops_no_other(tmp_path):
+def test_a_run_without_a_finished_image_does_not_block_other_settings(tmp_path):
     output = tmp_path / "proposals.json"
     ProposalWriter(str(output), {"a": 1})
     writer = ProposalWriter(str(output), {"a": 2})
@@ -124,18 +124,18 @@ def test_images_of_an_annotation_file_keep_their_ids(tiny_config, make_dataset, 
     ("inputs", "message"),
     [({"input": ["nowhere.jpg"]}, "nowhere"), ({"annotations": "none.json", "image_root": "."}, "none.json")],
 )
-def test_missing_inputs_are_named(tiny_config, tmp_path, inputs, message):
+def test_errors_name_missing_inputs(tiny_config, tmp_path, inputs, message):
     with pytest.raises(FileNotFoundError, match=message):
         _compute(tiny_config, tmp_path / "p.json", **inputs)
 
 
-def test_wrong_annotation_files_are_named(tiny_config, tmp_path):
+def test_errors_name_broken_annotation_files(tiny_config, tmp_path):
     (tmp_path / "bad.json").write_text("[1, 2")
     with pytest.raises(ValueError, match=r"bad\.json is not JSON"):
         _compute(tiny_config, tmp_path / "p.json", annotations=str(tmp_path / "bad.json"), image_root=str(tmp_path))
 
 
-def test_predictor_checks_the_image_and_the_architecture(tiny_cfg):
+def test_the_predictor_rejects_wrong_images_and_architectures(tiny_cfg):
     predictor = ProposalPredictor(tiny_cfg)
     with pytest.raises(ValueError, match="float32"):
         predictor(np.zeros((5, 5, 3), np.float32))
@@ -148,7 +148,7 @@ def test_predictor_checks_the_image_and_the_architecture(tiny_cfg):
         ProposalPredictor(cfg)
 
 
-def test_a_batch_of_a_predictor_has_the_proposals_of_its_images(tiny_cfg):
+def test_proposals_of_a_batch_equal_those_of_single_images(tiny_cfg):
     predictor = ProposalPredictor(tiny_cfg)
     rng = np.random.default_rng(0)
     sizes = [(60, 80), (50, 90), (60, 80)]
@@ -177,7 +177,7 @@ def test_proposals_are_in_the_frame_of_the_original_image(tiny_cfg):
     torch.testing.assert_close(scaled.proposal_boxes.tensor, scaled.proposal_masks.boxes().tensor)
 
 
-def test_channel_order_of_the_input_does_not_matter(tiny_cfg):
+def test_proposals_do_not_depend_on_the_channel_order_of_the_input(tiny_cfg):
     torch.manual_seed(0)
     rgb = build_model(tiny_cfg).eval()
     cfg = tiny_cfg.clone()
@@ -190,7 +190,7 @@ def test_channel_order_of_the_input_does_not_matter(tiny_cfg):
     torch.testing.assert_close(a.objectness_logits, b.objectness_logits)
 
 
-def test_the_generator_gives_the_stand_alone_proposals_inside_a_detector(tiny_cfg):
+def test_the_generator_of_a_detector_computes_the_proposals_of_the_stand_alone_network(tiny_cfg):
     cfg = tiny_cfg.clone()
     cfg.defrost()
     cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 20
@@ -199,7 +199,7 @@ def test_the_generator_gives_the_stand_alone_proposals_inside_a_detector(tiny_cf
     cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMask"
     generator = build_proposal_generator(cfg, {})
     generator.load_state_dict({f"pyramid.{name}": value for name, value in alone.pyramid.state_dict().items()})
-    generator.train()  # a detector in training still gets proposals
+    generator.train()  # a frozen generator also computes proposals in training
     image = torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(0)) * 255
     mean, std = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(3, 1, 1), torch.tensor(cfg.MODEL.PIXEL_STD).view(3, 1, 1)
     small = image[:, :40, :50]
@@ -214,10 +214,10 @@ def test_the_generator_gives_the_stand_alone_proposals_inside_a_detector(tiny_cf
         assert len(found.proposal_masks) == len(found)
 
 
-def test_proposals_of_all_scales_are_the_best_of_each(tiny_cfg):
+def test_proposals_of_all_scales_are_the_best_proposals_of_single_scales(tiny_cfg):
     torch.manual_seed(0)
     pyramid = build_model(tiny_cfg).eval().pyramid
-    # No mask is left out, and no scale has as many windows.
+    # Every mask is full, so that no window is left out, and no scale has 100 windows.
     pyramid.num_proposals, pyramid.mask_threshold = 100, -1e6
     image = torch.rand(3, 96, 130, generator=torch.Generator().manual_seed(0)) * 255
     found = []
@@ -234,7 +234,7 @@ def test_proposals_of_all_scales_are_the_best_of_each(tiny_cfg):
         torch.testing.assert_close(logits, best_logits)
 
 
-def test_a_detector_with_sharpmask_proposals_runs(tiny_cfg):
+def test_a_detector_with_sharpmask_proposals_detects(tiny_cfg):
     cfg = tiny_cfg.clone()
     to_small_detector(cfg, roi_heads="StandardROIHeads", num_classes=3)
     model = build_model(cfg).eval()
@@ -243,7 +243,7 @@ def test_a_detector_with_sharpmask_proposals_runs(tiny_cfg):
     assert isinstance(output["instances"], Instances)
 
 
-def test_results_carry_the_exact_masks(tiny_cfg):
+def test_results_hold_the_exact_masks(tiny_cfg):
     predictor = ProposalPredictor(tiny_cfg)
     proposals = predictor(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
     for i, result in enumerate(to_results(proposals, 5)[:4]):
@@ -253,10 +253,10 @@ def test_results_carry_the_exact_masks(tiny_cfg):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["deepmask_lite0", "sharpmask_lite0", "sharpmask_bifpn_lite0"])
-def test_packaged_models_run(name, dtype):
+def test_packaged_models_segment_a_disc(name, dtype):
     cfg = model_zoo.get_config(name)
     cfg.MODEL.DEVICE = "cpu"
-    # The disc is 80 pixels wide, near the 92 that are canonical at scale 1.
+    # The disc is 80 pixels wide. The canonical size at scale 1 is 92 pixels.
     cfg.MODEL.SHARPMASK.TEST.SCALES = [0.0]
     image = np.full((120, 160, 3), 255, np.uint8)
     cv2.circle(image, (80, 60), 40, (20, 40, 160), -1)
@@ -265,11 +265,11 @@ def test_packaged_models_run(name, dtype):
     disc = np.zeros((120, 160), np.uint8)
     cv2.circle(disc, (80, 60), 40, 1, -1)
     best = [mask_util.encode(np.asfortranarray(disc))]
-    # The model has learnt enough to segment a disc on white among its ten best.
+    # One of the ten best proposals segments the disc.
     assert mask_util.iou(proposals.proposal_masks.rle()[:10], best, [0]).max() > 0.7
 
 
-def test_unknown_models_are_answered_with_those_there_are():
+def test_an_unknown_model_is_an_error_that_lists_the_models():
     with pytest.raises(UserError, match="sharpmask_lite0"):
         model_zoo.get_config("sharpmask_lite1")
 
@@ -282,14 +282,14 @@ def test_unknown_models_are_answered_with_those_there_are():
         ("multipath_lite0", "multipath_bifpn_lite0"),
     ],
 )
-def test_models_that_are_no_longer_packaged_are_answered_with_those_that_take_their_place(old, new):
+def test_a_model_of_an_earlier_version_is_an_error_that_names_its_successor(old, new):
     with pytest.raises(UserError, match=f"{old}.* in version 0.1 only: '{new}' takes its place"):
         model_zoo.get_config(old)
     assert old not in model_zoo.names()
     assert new in model_zoo.names()
 
 
-def test_pictures_show_distinct_masks():
+def test_pictures_show_masks_that_differ():
     def square(x0, x1):
         mask = np.zeros((20, 30), np.uint8, order="F")
         mask[2:18, x0:x1] = 1
@@ -304,7 +304,7 @@ def test_pictures_show_distinct_masks():
     assert (picture[10, 5] != 100).any()
 
 
-def test_autocast_gives_nearly_the_same_proposals(tiny_cfg):
+def test_scores_under_autocast_are_close_to_those_of_full_precision(tiny_cfg):
     torch.manual_seed(0)
     model = build_model(tiny_cfg).eval()
     image = torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(0)) * 255
@@ -316,7 +316,7 @@ def test_autocast_gives_nearly_the_same_proposals(tiny_cfg):
     assert (exact.objectness_logits - rounded.objectness_logits).abs().max() <= 0.05 * scale
 
 
-def test_casting_the_weights_before_is_what_autocast_does(tiny_cfg):
+def test_casting_weights_once_gives_the_proposals_of_autocast(tiny_cfg):
     torch.manual_seed(0)
     model = build_model(tiny_cfg).eval()
     images = [{"image": torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(0)) * 255}]
@@ -330,7 +330,7 @@ def test_casting_the_weights_before_is_what_autocast_does(tiny_cfg):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
-def test_a_compiled_model_gives_the_same_proposals(tiny_cfg):
+def test_a_compiled_model_computes_equal_scores(tiny_cfg):
     torch.manual_seed(0)
     model = fold_batch_norm(build_model(tiny_cfg).eval())
     generator = torch.Generator().manual_seed(0)
@@ -343,14 +343,14 @@ def test_a_compiled_model_gives_the_same_proposals(tiny_cfg):
     torch.testing.assert_close(found.objectness_logits, expected.objectness_logits, atol=1e-4, rtol=1e-4)
 
 
-def test_unknown_dtypes_are_answered_with_those_there_are(tiny_cfg):
+def test_an_unknown_dtype_is_an_error_that_lists_the_choices(tiny_cfg):
     with pytest.raises(ValueError, match=r"'float16': choose from .*bfloat16"):
         ProposalPredictor(tiny_cfg, dtype="float16")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 @pytest.mark.parametrize("keep", [True, False])
-def test_freed_memory_is_kept(keep):
+def test_freed_memory_is_kept_if_requested(keep):
     program = f"""
 import re, torch
 from sharpmask_d2.inference.caching import keep_between_images
@@ -365,7 +365,7 @@ print(resident() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_no_more_freed_memory_is_kept_than_asked_for():
+def test_kept_memory_does_not_exceed_the_limit():
     program = """
 import re, torch
 from sharpmask_d2.inference.caching import bound_kept_memory, keep_between_images
@@ -373,7 +373,7 @@ resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").
 keep_between_images(100 << 20)
 before = resident()
 for megabytes in (2, 15):
-    # Every other one is freed, so that the end of the heap stays in use.
+    # Every other block is freed, so that the end of the heap stays in use.
     blocks = [torch.ones(megabytes, 2**18) for _ in range(20)][::2]
     bound_kept_memory()
     print(resident() - before - 10 * megabytes)
@@ -385,7 +385,7 @@ for megabytes in (2, 15):
 
 
 @pytest.mark.parametrize(("set_before", "expected"), [(None, "8192"), ("77", "77")])
-def test_more_kernels_are_kept_unless_somebody_said_how_many(monkeypatch, set_before, expected):
+def test_the_number_of_kept_kernels_is_set_unless_the_user_has_set_it(monkeypatch, set_before, expected):
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     monkeypatch.setenv(name, set_before or "")
     if set_before is None:
@@ -396,7 +396,7 @@ def test_more_kernels_are_kept_unless_somebody_said_how_many(monkeypatch, set_be
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_gives_the_same_proposals(tiny_cfg):
+def test_cuda_computes_the_scores_of_the_cpu(tiny_cfg):
     torch.manual_seed(0)
     model = build_model(tiny_cfg).eval()
     image = torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(0)) * 255

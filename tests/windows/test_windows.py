@@ -1,4 +1,4 @@
-"""Windows against one-by-one definitions, and against the sizes that the released code has."""
+"""Geometry and labels of windows, compared with loops and with the sizes of the released code."""
 
 import math
 
@@ -14,18 +14,18 @@ PAPER = {"positive_shift": 16.0, "positive_octaves": 0.25, "negative_shift": 32.
 
 
 def grid_size(level, divisor=1):
-    """Rows and columns of windows: stride-2 convolutions round up, then a window takes ten cells."""
+    """Number of rows and columns of windows: convolutions of stride 2 round up, and a window has ten cells."""
     left, right, top, bottom = level_padding(level, WINDOW, divisor)
     padded = level.size[0] + top + bottom, level.size[1] + left + right
     return tuple(-(-side // STRIDE) - WINDOW // STRIDE + 1 for side in padded)
 
 
 @pytest.mark.parametrize(("window_size", "expected"), [(160, 92), (224, 128)])
-def test_canonical_size(window_size, expected):
+def test_canonical_size_is_rounded_up(window_size, expected):
     assert canonical_size(window_size) == expected
 
 
-def test_grid_sizes_are_the_released_ones():
+def test_grid_sizes_equal_those_of_the_released_code():
     levels = pyramid_levels((480, 640), [-2.5 + i / 2 for i in range(8)], [(0, 0)])
     assert [level.size for level in levels[:7]] == [
         (85, 113),
@@ -43,7 +43,7 @@ def test_grid_sizes_are_the_released_ones():
     assert sum(counts) == 10144
 
 
-def test_levels_come_scale_by_scale_and_have_pixels():
+def test_levels_are_ordered_by_scale_and_have_at_least_one_pixel():
     levels = pyramid_levels((5, 900), [-5.0, 0.0], [(0, 0), (0, 8)])
     assert levels == [
         Level((5, 900), (1, 28), (0, 0)),
@@ -55,7 +55,7 @@ def test_levels_come_scale_by_scale_and_have_pixels():
 
 @pytest.mark.parametrize("exponent", [-1.0, 0.0, 1.0])
 def test_cells_are_centred_at_multiples_of_the_stride(exponent):
-    # Sides that halve and double without rounding: s is exact.
+    # These sides are halved and doubled without rounding, so that the scale is exact.
     (level,) = pyramid_levels((96, 128), [exponent], [(0, 0)])
     rows, columns = grid_size(level)
     ys, xs = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
@@ -68,8 +68,8 @@ def test_cells_are_centred_at_multiples_of_the_stride(exponent):
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (4, 12)])
-def test_cell_windows_cover_the_pixels_the_network_sees(shift):
-    """Cell (y, x) takes pixels [16 y, 16 y + W) of the padded level; undoing padding and resizing gives its window."""
+def test_windows_of_cells_cover_the_pixels_that_the_network_reads(shift):
+    """Cell (y, x) reads the pixels [16 y, 16 y + W) of the padded level. Undoing the padding and the resizing gives its window."""
     level = Level((61, 83), (37, 50), shift)
     left, _, top, _ = level_padding(level, WINDOW, 1)
     cells = [(0, 0), (1, 4), (2, 3)]
@@ -84,7 +84,7 @@ def test_cell_windows_cover_the_pixels_the_network_sees(shift):
 
 
 @pytest.mark.parametrize("grid_stride", [16, 8, 4])
-def test_shifts_fill_the_grid_exactly_once(grid_stride):
+def test_shifted_grids_contain_every_position_once(grid_stride):
     centres = []
     for level in pyramid_levels((48, 80), [0.0], grid_shifts(STRIDE, grid_stride)):
         rows, columns = grid_size(level)
@@ -97,14 +97,14 @@ def test_shifts_fill_the_grid_exactly_once(grid_stride):
 
 
 @pytest.mark.parametrize("grid_stride", [0, -8, 5, 32])
-def test_grid_stride_that_does_not_divide(grid_stride):
+def test_a_grid_stride_that_does_not_divide_the_stride_is_an_error(grid_stride):
     with pytest.raises(ValueError, match=rf"GRID_STRIDE is {grid_stride}.*16"):
         grid_shifts(STRIDE, grid_stride)
 
 
 @pytest.mark.parametrize("divisor", [1, 16, 32])
 @pytest.mark.parametrize("shift", [(0, 0), (8, 4)])
-def test_padding_is_half_a_window_and_reaches_the_divisor(divisor, shift):
+def test_padding_is_half_a_window_and_rounded_up_to_the_divisor(divisor, shift):
     level = Level((70, 90), (35, 47), shift)
     left, right, top, bottom = level_padding(level, WINDOW, divisor)
     assert (top, left) == (80 - shift[0], 80 - shift[1])
@@ -113,14 +113,14 @@ def test_padding_is_half_a_window_and_reaches_the_divisor(divisor, shift):
     assert (35 + top + bottom) % divisor == (47 + left + right) % divisor == 0
 
 
-def test_object_windows_hold_the_object_canonically():
+def test_object_windows_are_canonical():
     windows = object_windows(torch.tensor([[10.0, 20.0, 56.0, 30.0], [0.0, 0.0, 92.0, 184.0]]), WINDOW)
-    # A larger side of 46 is half of 92: a window of 80.
+    # A larger side of 46 pixels is half of 92, so that the window has 80 pixels.
     torch.testing.assert_close(windows, torch.tensor([[-7.0, -15.0, 73.0, 65.0], [-114.0, -68.0, 206.0, 252.0]]))
 
 
 def label_one(window, boxes, rule):
-    """The rule of a window, object by object, in plain numbers; also how near to a border of the rule it is."""
+    """Label and object of one window, by a loop over the objects, and the smallest difference from any limit of the rule."""
     side = window[2] - window[0]
     best, owner, negative, margin = math.inf, -1, True, math.inf
     for number, (x0, y0, x1, y1) in enumerate(boxes):
@@ -141,14 +141,14 @@ def label_one(window, boxes, rule):
 
 
 @pytest.mark.parametrize("rule", [RELEASED, PAPER], ids=["released", "paper"])
-def test_labels_against_a_slow_loop(rule):
+def test_labels_equal_those_of_a_loop(rule):
     generator = torch.Generator().manual_seed(0)
     centres = 60 + 80 * torch.rand(6, 2, generator=generator, dtype=torch.float64)
     half = 8 + 30 * torch.rand(6, 2, generator=generator, dtype=torch.float64)
-    # The last object is nearly the first: a window has to find the nearer one.
+    # The last object is close to the first one, so that some windows are positive for both.
     boxes = torch.cat([centres - half, centres + half], dim=1)
     boxes = torch.cat([boxes, boxes[:1] + 2])
-    # Half of the windows are near canonical ones, half lie anywhere.
+    # Half of the windows are close to canonical windows, and half are anywhere.
     near = object_windows(boxes, WINDOW)[torch.randint(7, (300,), generator=generator)]
     middle = (near[:, :2] + near[:, 2:]) / 2
     middle = middle + (torch.rand(300, 2, generator=generator) - 0.5) * (near[:, 2:] - near[:, :2]) / 2
@@ -169,8 +169,8 @@ def test_labels_against_a_slow_loop(rule):
     assert set(objects.tolist()) == set(range(-1, 7))
 
 
-def test_borders_of_the_rule_count():
-    box = torch.tensor([[54.0, 54.0, 146.0, 146.0]])  # the canonical window is 160, centred at 100
+def test_limits_of_labels_are_inclusive():
+    box = torch.tensor([[54.0, 54.0, 146.0, 146.0]])  # the canonical window has 160 pixels and its centre at 100
 
     def label(shift, side=160.0):
         centre = torch.tensor([100.0 + shift, 100.0])
@@ -179,26 +179,26 @@ def test_borders_of_the_rule_count():
 
     assert [label(shift) for shift in (0, 16, -16, 16.5, 31.5, 32, -32)] == [1, 1, 1, -1, -1, 0, 0]
     assert [label(0, 160 * 2**octaves) for octaves in (0.24, -0.24, 0.5, -0.5, 1, -1)] == [1, 1, -1, -1, 0, 0]
-    # Distances are in pixels of the patch: in a window twice as large, 32 pixels of the image are 16 of the patch.
+    # Distances are in pixels of the patch. In a window of 320 pixels, 32 pixels of the image are 16 pixels of the patch.
     wide = torch.tensor([[-92.0 + 32, -92.0, 92.0 + 32, 92.0]])
     assert label_windows(torch.tensor([[-160.0, -160.0, 160.0, 160.0]]), wide, WINDOW, **PAPER)[0].item() == 1
 
 
-def test_without_objects_everything_is_negative():
+def test_all_windows_of_an_image_without_objects_are_negative():
     labels, objects = label_windows(torch.rand(5, 4), torch.zeros(0, 4), WINDOW, **RELEASED)
     assert labels.tolist() == [0] * 5
     assert objects.tolist() == [-1] * 5
     assert labels.dtype == objects.dtype == torch.int64
 
 
-def test_without_windows_there_are_no_labels():
+def test_labels_of_no_windows_are_empty():
     labels, objects = label_windows(torch.zeros(0, 4), torch.tensor([[0.0, 0.0, 9.0, 9.0]]), WINDOW, **RELEASED)
     assert labels.shape == objects.shape == (0,)
 
 
 @pytest.mark.parametrize("limit", ["positive_shift", "positive_octaves"])
-def test_a_limit_of_zero_is_met_by_canonical_windows(limit):
-    """As patches without jitter are cut."""
+def test_canonical_windows_meet_a_limit_of_zero(limit):
+    """Patches without jitter are cut with such limits."""
     box = torch.tensor([[20.0, 30.0, 84.0, 62.0]])
     window = object_windows(box, WINDOW)
     others = torch.cat([window + 1, window + torch.tensor([[-1.0, -1.0, 1.0, 1.0]])])

