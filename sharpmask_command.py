@@ -22,6 +22,7 @@ if multiprocessing.current_process().name != "MainProcess":
 # Subcommand -> its line in `sharpmask --help`, which is the first line of the docstring of its module.
 SUBCOMMANDS = {
     "propose": "Computes segment proposals of images and writes them as COCO result JSON.",
+    "segment": "Segments images: every object that the model finds, or the objects in given boxes.",
     "detect": "Detects objects in images, by classifying SharpMask proposals.",
     "evaluate": "Prints the average recall (AR) of proposals on an annotated dataset.",
     "analyze": "Prints what the masks of proposals are like, and why objects are missed.",

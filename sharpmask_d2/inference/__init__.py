@@ -1,5 +1,7 @@
-"""From images to proposals and detections: predictors for single images and runs over folders."""
+"""From images to proposals, masks and detections: predictors for single images and runs over folders."""
 
+from .automatic_mask_generator import SharpMaskAutomaticMaskGenerator
 from .predictor import DetectionPredictor, ProposalPredictor
+from .prompt_predictor import SharpMaskPredictor
 
-__all__ = ["DetectionPredictor", "ProposalPredictor"]
+__all__ = ["DetectionPredictor", "ProposalPredictor", "SharpMaskAutomaticMaskGenerator", "SharpMaskPredictor"]

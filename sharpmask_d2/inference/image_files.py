@@ -107,6 +107,7 @@ def process_images(
     desc: str,
     draw: Optional[Callable[[np.ndarray, list[dict[str, Any]]], np.ndarray]] = None,
     pictures: Optional[Union[str, Path]] = None,
+    more_input: Callable[[InputImage], str] = lambda image: "",
 ) -> tuple[list[tuple[str, dict[str, Any]]], FailedImages]:
     """Works on the images that `writer` does not have yet, and gives it the results. An image that fails is named and left out.
 
@@ -121,13 +122,14 @@ def process_images(
         desc: label of the progress bar.
         draw: makes the picture of an image from its pixels and its results; needed with `pictures`.
         pictures: folder for the pictures; None writes none. A picture that an earlier run did not write is drawn from its results.
+        more_input: a text for what the results of an image depend on besides its file, such as boxes; default: nothing.
 
     Returns:
         The finished images in their order, as `ProposalWriter.finish` takes them, and the images that failed.
     """
     failed = FailedImages()
     names = name_pictures(images) if pictures and draw else [None] * len(images)
-    keys = _known_keys(images, writer)
+    keys = _known_keys(images, writer, more_input)
     if keys:
         print(f"{len(keys)} of {len(images)} images are done already, in {writer.partial}")
     finished = []
@@ -136,7 +138,7 @@ def process_images(
         if i not in keys:
             results = None
             with failed.named(image.image_id, image.path):
-                key = digest_file(image.path)
+                key = digest_file(image.path) + more_input(image)
                 pixels = read_image(image.path)
                 results = work(image, pixels)
             if results is None:
@@ -158,14 +160,16 @@ def process_images(
     return finished, failed
 
 
-def _known_keys(images: Sequence[InputImage], writer: ProposalWriter) -> dict[int, str]:
+def _known_keys(
+    images: Sequence[InputImage], writer: ProposalWriter, more_input: Callable[[InputImage], str]
+) -> dict[int, str]:
     """Index of an image -> its key, for the images that the writer has."""
     keys = {}
     # If there is no run to resume, files are read only when they are processed.
     for i, image in enumerate(images if writer.done else []):
         # A file that cannot be read is reported when it is processed.
         with contextlib.suppress(OSError):
-            key = digest_file(image.path)
+            key = digest_file(image.path) + more_input(image)
             if key in writer.done:
                 keys[i] = key
     return keys

@@ -211,6 +211,7 @@ class ProposalWriter:
         images: Optional[Sequence[tuple[Key, dict[str, Any]]]] = None,
         pickle_masks: bool = False,
         keep_partial: bool = False,
+        dataset: Optional[dict[str, Any]] = None,
     ) -> int:
         """Write the JSON file and, if a path is given, the pickle. Each appears under its name only when it is complete.
 
@@ -219,6 +220,8 @@ class ProposalWriter:
             images: see `entries`.
             pickle_masks: write masks into the pickle, see `write_pickle`.
             keep_partial: keep the partial file, because the run has to be resumed.
+            dataset: write a COCO dataset of these entries, such as images and categories, whose annotations are the results. By default
+                the file is the list of the results.
 
         Returns:
             Number of results in the JSON file.
@@ -229,14 +232,14 @@ class ProposalWriter:
         """
         count = 0
         with open_output(self.output) as out:
-            out.write(b"[")
+            out.write(b"[" if dataset is None else (json.dumps(dataset)[:-1] + ', "annotations": [').encode())
             separator = "\n"
             for entry in self.entries(images):
                 count += len(entry["results"])
                 for result in entry["results"]:
                     out.write((separator + json.dumps(result)).encode())
                     separator = ",\n"
-            out.write(b"\n]\n")
+            out.write(b"\n]\n" if dataset is None else b"\n]}\n")
         if pickle_path:
             write_pickle(self.entries(images), pickle_path, masks=pickle_masks)
         if not keep_partial:

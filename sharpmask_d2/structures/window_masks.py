@@ -17,7 +17,10 @@ import numbers
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Union
 
+import cv2
+import numpy as np
 import torch
+import torch.nn.functional as F
 from detectron2.structures import Boxes
 
 from .rle import Runs, boxes_and_areas, encode_runs, fill_positions, fill_runs
@@ -250,6 +253,120 @@ class WindowMasks:
         runs = _crossings(_Edges(*map(torch.cat, zip(*pieces))), columns, parts, threshold, self.image_size[0])
         counts[active] = runs.per_mask
         return runs._replace(per_mask=counts)
+
+    # ------------------------------------------------------------------ for users of numpy
+
+    def to_numpy(self) -> np.ndarray:
+        """Bitmaps of the full image as a numpy array: (N, H, W) bool."""
+        return self.paste().cpu().numpy()
+
+    def paste_logits(self) -> torch.Tensor:
+        """Logits of the full image, interpolated at the centres of pixels: (N, H, W) float32, minus infinity outside of the windows."""
+        height, width = self.image_size
+        logits = self.logits.new_full((len(self), height, width), -math.inf, dtype=torch.float32)
+        xs, ys = (torch.arange(side, device=self.device) + 0.5 for side in (width, height))
+        for grid, pasted, (x0, y0, x1, y1) in zip(self.logits.float(), logits, self.windows.tolist()):
+            columns, rows = (xs >= x0) & (xs < x1), (ys >= y0) & (ys < y1)
+            if columns.any() and rows.any():
+                x, y = (xs[columns] - x0) / (x1 - x0), (ys[rows] - y0) / (y1 - y0)
+                pasted[rows.nonzero(), columns.nonzero()[:, 0]] = _interpolate(grid[None], x[None], y[None])[0]
+        return logits
+
+    def crop(self, boxes: torch.Tensor) -> "WindowMasks":
+        """The masks without the pixels outside of boxes. The logits are interpolated, so that they cover the boxes.
+
+        Args:
+            boxes: (N, 4) XYXY in pixels of the image, one for each mask. Their parts outside of the windows are left out.
+
+        Returns:
+            N masks, whose windows are the parts of the boxes in the windows. A mask whose box does not meet its window is empty.
+        """
+        side = self.logits.shape[-1]
+        windows = self.windows.to(boxes.dtype)
+        inside = torch.cat(
+            [torch.maximum(boxes[:, :2], windows[:, :2]), torch.minimum(boxes[:, 2:], windows[:, 2:])], 1
+        )
+        steps = (torch.arange(side, device=self.device) + 0.5) / side
+        sides = (windows[:, 2:] - windows[:, :2]).clamp(min=torch.finfo(windows.dtype).tiny)
+        low, high = (inside[:, :2] - windows[:, :2]) / sides, (inside[:, 2:] - windows[:, :2]) / sides
+        x, y = (low[:, :, None] + (high - low)[:, :, None] * steps).unbind(1)
+        return self._like(_interpolate(self.logits.float(), x, y).to(self.logits.dtype), inside)
+
+    def polygons(self, *, tolerance: float = 0.5) -> list[list[list[float]]]:
+        """Outlines of the masks as COCO's polygons. Holes are filled, because COCO's polygons have none.
+
+        Args:
+            tolerance: maximum distance of an outline from the outline along the pixels, in pixels; 0 keeps every corner. Default: 0.5.
+
+        Returns:
+            For each mask, the polygons [x0, y0, x1, y1, ...] of its parts in pixels of the image; an empty list for an empty mask.
+
+        Raises:
+            ValueError: the tolerance is negative or not finite.
+        """
+        if not 0 <= tolerance < math.inf:
+            raise ValueError(f"tolerance must be 0 or more pixels, got {tolerance}")
+        return [
+            [(outline + corner).ravel().tolist() for outline in _outlines(bitmap, tolerance)]
+            for corner, bitmap in self._tight_bitmaps()
+        ]
+
+    def crops(self, image: np.ndarray) -> list[np.ndarray]:
+        """Cuts the masks out of their image; `cv2.imwrite` writes the results as transparent PNG files.
+
+        Args:
+            image: (H, W, 3) uint8, BGR, of the size that the masks refer to.
+
+        Returns:
+            For each mask, (h, w, 4) uint8 BGRA: the image in the mask's tight box, with an alpha of 255 in the mask and of 0 elsewhere.
+            An empty mask gives an array of height and width 0.
+
+        Raises:
+            ValueError: the image has another shape.
+        """
+        if image.shape != (*self.image_size, 3):
+            raise ValueError(f"the image must have the shape {(*self.image_size, 3)}, got {image.shape}")
+        crops = []
+        for (x, y), bitmap in self._tight_bitmaps():
+            colours = image[y : y + bitmap.shape[0], x : x + bitmap.shape[1]]
+            crops.append(np.dstack([colours, bitmap.astype(np.uint8) * 255]))
+        return crops
+
+    def _tight_bitmaps(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For each mask, the corner (x, y) of its tight box in pixels, and its bitmap (h, w) bool within the box."""
+        boxes = self.boxes().tensor.long().cpu().numpy()
+        for i, (x0, y0, x1, y1) in enumerate(boxes):
+            yield boxes[i, :2], self.paste(i)[0, y0:y1, x0:x1].cpu().numpy()
+
+
+def _interpolate(logits: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Logits at the crossings of columns and rows.
+
+    Args:
+        logits: (N, M, M).
+        x, y: (N, X) and (N, Y), places in 0..1 of the window.
+
+    Returns:
+        (N, Y, X).
+    """
+    places = torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), dim=-1) * 2 - 1
+    return F.grid_sample(
+        logits[:, None], places.to(logits.dtype), mode="bilinear", padding_mode="border", align_corners=False
+    )[:, 0]
+
+
+def _outlines(bitmap: np.ndarray, tolerance: float) -> list[np.ndarray]:
+    """The outer outlines of a bitmap (h, w) bool: arrays (P, 2) of x, y in pixels of the bitmap."""
+    if not bitmap.size:
+        return []
+    # OpenCV's outlines run through the centres of pixels. In an image twice as large they run a quarter of a pixel inside the true outline,
+    # so that the centres of all pixels stay within them.
+    doubled = np.kron(bitmap.astype(np.uint8), np.ones((2, 2), np.uint8))
+    found = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[-2]
+    outlines = [cv2.approxPolyDP(outline, 2 * tolerance, True)[:, 0] for outline in found]
+    # A part of one pixel, or a thin one, may lose its corners to the tolerance.
+    outlines = [short if len(short) > 2 else full[:, 0] for short, full in zip(outlines, found)]
+    return [outline / 2 + 0.25 for outline in outlines]
 
 
 class _Parts(NamedTuple):
