@@ -6,7 +6,7 @@
 For a file of proposals it prints the share of masks with straight edges, the share of repeated masks, and the recall that a perfect order
 of the proposals would have. With --image-root it computes the proposals of a model itself. As their windows are then known, it also
 prints whether the window, the mask or the rank is the cause when an object is missed, and, for a model that decodes the mask of any
-window, the IoU of its masks given the true boxes.
+window, the IoU of its masks given the true boxes, and given one click on each object.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from ..evaluation.analysis import analyze, images_of_model, images_of_results, w
 from ..evaluation.proposal_evaluation import write_json
 from ..inference.caching import keep_between_images
 from ..inference.configuration import build_config
-from ..inference.given_boxes import box_decoder
+from ..inference.given_boxes import box_decoder, click_decoder
 from ..inference.predictor import ProposalPredictor
 from ..model_zoo import DEFAULT
 from .command import add_dtype_option, add_model_options, make_parser
@@ -81,9 +81,10 @@ def analyze_proposals(
         keep_between_images()
         cfg = build_config(**config)
         predictor = ProposalPredictor(cfg, dtype=dtype)
-        decode = box_decoder(predictor)
-        images = images_of_model(coco, image_root, predictor, decode)
-        tables = analyze(images, rule=window_rule(cfg, predictor.model), given_boxes=decode is not None)
+        decode, click = box_decoder(predictor), click_decoder(predictor)
+        images = images_of_model(coco, image_root, predictor, decode, click)
+        rule = window_rule(cfg, predictor.model)
+        tables = analyze(images, rule=rule, given_boxes=decode is not None, given_clicks=click is not None)
     else:
         raise TypeError("analyze_proposals() needs proposals or image_root")
     print("\n\n".join(table.text() for table in tables))

@@ -31,7 +31,7 @@ class SharpMaskAutomaticMaskGenerator:
         self,
         cfg: Union[CfgNode, ProposalPredictor, None] = None,
         *,
-        pred_iou_thresh: float = 0.5,
+        pred_iou_thresh: float = 0.55,
         stability_score_thresh: float = 0.0,
         stability_score_offset: float = 1.0,
         mask_nms_thresh: float = 0.5,

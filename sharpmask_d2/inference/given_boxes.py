@@ -1,21 +1,19 @@
-"""Masks of given boxes, by a model that decodes the mask of any window.
+"""Masks of given boxes and clicks for the analysis, by a model that decodes the mask of any window.
 
 Shape letters:
-    G: boxes
+    G: boxes or clicks of an image
     H, W: image height and width
 """
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Optional
 
 import numpy as np
-import torch
 
 from ..modeling.meta_arch import SegmentProposalNetwork
-from ..modeling.segment_generator import Windows
 from ..structures import WindowMasks
-from .predictor import ProposalPredictor, prepare_image
-from .preparation import autocast
+from .predictor import ProposalPredictor
+from .prompt_predictor import SharpMaskPredictor
 
 
 def box_decoder(predictor: ProposalPredictor) -> Optional[Callable[[np.ndarray, np.ndarray], WindowMasks]]:
@@ -30,17 +28,31 @@ def box_decoder(predictor: ProposalPredictor) -> Optional[Callable[[np.ndarray, 
     """
     if not isinstance(predictor.model, SegmentProposalNetwork):
         return None
-    generator: Any = predictor.model.proposal_generator
+    prompts = SharpMaskPredictor(predictor, crop_to_boxes=False)
 
-    @torch.no_grad()
     def decode(image: np.ndarray, boxes: np.ndarray) -> WindowMasks:
-        inputs = prepare_image(image, predictor.resize, predictor.cfg)
-        (old_height, old_width), (height, width) = image.shape[:2], inputs["image"].shape[1:]
-        scaled = torch.from_numpy(boxes * ([width / old_width, height / old_height] * 2)).float()
-        windows = generator.canonical_windows(scaled.to(predictor.model.device))
-        with autocast(predictor.model.device, predictor.dtype):
-            logits = generator.decode(predictor.model.encode([inputs]), Windows(windows))
-        masks = WindowMasks(logits, windows, (height, width), threshold=generator.mask_threshold)
-        return masks.scale(old_width / width, old_height / height, (old_height, old_width))
+        prompts.set_image(image)
+        return prompts.predict_masks(boxes=boxes).masks
+
+    return decode
+
+
+def click_decoder(predictor: ProposalPredictor) -> Optional[Callable[[np.ndarray, np.ndarray], WindowMasks]]:
+    """Returns a function that makes masks of single clicks.
+
+    Args:
+        predictor: of any model.
+
+    Returns:
+        A function of an image, (H, W, 3) uint8 BGR, and of points, (G, 2) XY in pixels of the image; it returns three masks for each point,
+        by descending score, in the frame of the image. None for a model that makes masks only of the windows that it scores.
+    """
+    if not isinstance(predictor.model, SegmentProposalNetwork):
+        return None
+    prompts = SharpMaskPredictor(predictor)
+
+    def decode(image: np.ndarray, points: np.ndarray) -> WindowMasks:
+        prompts.set_image(image)
+        return prompts.predict_masks(points=points[:, None]).masks
 
     return decode

@@ -175,8 +175,8 @@ class SharpMaskPredictor:
         """
         points = _either(points, point_coords, "points", "point_coords")
         boxes = _either(boxes, box, "boxes", "box")
-        batched = np.ndim(boxes) == 2 if boxes is not None else np.ndim(points) == 3
         found = self.predict_masks(points, point_labels, boxes, multimask_output=multimask_output)
+        batched = np.ndim(boxes) == 2 if boxes is not None else np.ndim(points) == 3
         shape = found.scores.shape
         masks, scores, logits = found.masks, found.scores.cpu().numpy(), found.masks.logits.float().cpu().numpy()
         pixels = masks.paste_logits().cpu().numpy() if return_logits else masks.to_numpy()
@@ -205,10 +205,10 @@ class SharpMaskPredictor:
         """
         if self._image is None:
             raise UserError("no image is set: call set_image before a prompt")
-        if points is None and boxes is None:
-            raise UserError("the prompt is empty: give points or boxes")
         if points is None and point_labels is not None:
             raise UserError("point_labels are given without points")
+        if points is None and boxes is None:
+            raise UserError("the prompt is empty: give points or boxes")
         device = self._predictor.model.device
         given_boxes = None if boxes is None else torch.from_numpy(_read_boxes(boxes)).to(device)
         xy = marks = None

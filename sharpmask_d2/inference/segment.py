@@ -230,8 +230,10 @@ def _with_masks(
     predictor.set_image(pixels)
     found = predictor.predict_masks(boxes=corners)
     rles, areas, scores = found.masks.rle(), found.masks.areas().tolist(), found.scores[:, 0].tolist()
+    # Rounded before they are compared, so that the limit can be a quality that a file holds.
+    scores = [round(score, 4) for score in scores]
     return [
-        {**entry, "segmentation": rle, "mask_quality": round(score, 4), **({"area": area} if given.document else {})}
+        {**entry, "segmentation": rle, "mask_quality": score, **({"area": area} if given.document else {})}
         for entry, rle, area, score in zip(entries, rles, areas, scores)
         if area > 0 and score >= lowest
     ]

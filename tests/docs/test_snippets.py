@@ -63,6 +63,14 @@ def test_getting_started(folder):
     assert all(len(proposals) > 0 for proposals in names["pair"])
 
 
+def test_prompts(folder):
+    names = run(snippets("docs/prompts.md"), "docs/prompts.md")
+    assert names["masks"].shape == (2, 1, 120, 160)
+    assert len(names["crops"]) == len(names["polygons"]) == 2
+    # The disc.
+    assert names["masks"][0, 0, 60, 80]
+
+
 def test_script_with_an_own_dataset(datasets, folder):
     script = snippets("docs/detectors.md")
     for long, short in SHORTER.items():

@@ -43,6 +43,8 @@ class ImageProposals(NamedTuple):
     windows: Optional[np.ndarray] = None
     # G masks as compressed RLE, which a model decoded from the objects' true boxes. None without such a model.
     masks_given_boxes: Optional[list[dict]] = None
+    # For each object three masks as compressed RLE, which a model made of one click, by descending score. None without such a model.
+    masks_given_clicks: Optional[list[list[dict]]] = None
 
 
 def image_objects(coco: COCO, image_id: Hashable) -> ImageObjects:

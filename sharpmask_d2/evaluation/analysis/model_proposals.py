@@ -21,6 +21,7 @@ from ...windows.geometry import canonical_size
 from ...windows.labels import label_rule
 from .image_proposals import ImageProposals, image_proposals
 from .masks_given_boxes import BoxDecoder, decode_boxes
+from .masks_given_clicks import ClickDecoder, decode_clicks
 from .missed_objects import WindowRule
 
 
@@ -29,6 +30,7 @@ def images_of_model(
     image_root: str,
     propose: Callable[[np.ndarray], Instances],
     decode: Optional[BoxDecoder] = None,
+    click: Optional[ClickDecoder] = None,
 ) -> Iterator[ImageProposals]:
     """Run a model on all annotated images.
 
@@ -38,6 +40,7 @@ def images_of_model(
         propose: returns the proposals of an image, (H, W, 3) uint8 BGR, as `Instances` in the frame of this image, as
             `ProposalPredictor` does.
         decode: decodes masks from the objects' true boxes. Default: None, `masks_given_boxes` stays None.
+        click: decodes masks from one click on each object. Default: None, `masks_given_clicks` stays None.
 
     Yields:
         One `ImageProposals` with windows per annotated image.
@@ -55,6 +58,8 @@ def images_of_model(
         image = image_proposals(coco, image_id, masks.rle(), scores, windows)
         if decode is not None:
             image = image._replace(masks_given_boxes=decode_boxes(decode, pixels, image.objects.boxes))
+        if click is not None:
+            image = image._replace(masks_given_clicks=decode_clicks(click, pixels, image.objects.truth.regions))
         yield image
 
 
