@@ -203,8 +203,7 @@ class SharpMaskPredictor:
         Raises:
             UserError: see `predict`.
         """
-        if self._image is None:
-            raise UserError("no image is set: call set_image before a prompt")
+        size = self._encoded().size
         if points is None and point_labels is not None:
             raise UserError("point_labels are given without points")
         if points is None and boxes is None:
@@ -213,17 +212,17 @@ class SharpMaskPredictor:
         given_boxes = None if boxes is None else torch.from_numpy(_read_boxes(boxes)).to(device)
         xy = marks = None
         if points is not None:
-            xy, marks = (torch.from_numpy(x).to(device) for x in _read_points(points, point_labels, self._image.size))
+            xy, marks = (torch.from_numpy(x).to(device) for x in _read_points(points, point_labels, size))
             if given_boxes is not None and len(xy) != len(given_boxes):
                 raise UserError(f"there are points of {len(xy)} prompts but {len(given_boxes)} boxes")
             if given_boxes is None and not (marks == FOREGROUND).any(1).all():
                 raise UserError("a prompt has no point with the label 1: give a point on the object, or a box")
         count = _MASKS if given_boxes is None and multimask_output else 1
-        size = len(xy if given_boxes is None else given_boxes)
         step = _POINTS_AT_ONCE if given_boxes is None else _BOXES_AT_ONCE
+        starts = range(0, max(len(_first(xy, given_boxes)), 1), step)
         parts = [
-            self._decode(*(None if x is None else x[start : start + step] for x in (xy, marks, given_boxes)), count)
-            for start in range(0, max(size, 1), step)
+            self._decode(*(None if x is None else x[i : i + step] for x in (xy, marks, given_boxes)), count=count)
+            for i in starts
         ]
         return PromptMasks(WindowMasks.cat([part.masks for part in parts]), torch.cat([part.scores for part in parts]))
 
@@ -241,9 +240,7 @@ class SharpMaskPredictor:
         Raises:
             UserError: no image is set.
         """
-        if self._image is None:
-            raise UserError("no image is set: call set_image before predict_grid")
-        image = self._image
+        image = self._encoded()
         selected = self._generator.select(image.features)[0]
         prior = selected.scores.sigmoid()
         # The quality, a geometric mean, is at most the square root of the probability.
@@ -254,11 +251,16 @@ class SharpMaskPredictor:
         (height, width), (new_height, new_width) = image.size, image.resized
         return PromptMasks(masks[keep].scale(width / new_width, height / new_height, image.size), quality[keep])
 
+    def _encoded(self) -> _Encoded:
+        if self._image is None:
+            raise UserError("no image is set: call set_image before a prompt")
+        return self._image
+
     def _decode(
-        self, points: Optional[Tensor], labels: Optional[Tensor], boxes: Optional[Tensor], count: int
+        self, points: Optional[Tensor], labels: Optional[Tensor], boxes: Optional[Tensor], *, count: int
     ) -> PromptMasks:
         """The masks of some prompts; points and boxes are in pixels of the original image."""
-        image = self._image
+        image = self._encoded()
         (height, width), (new_height, new_width) = image.size, image.resized
         factors = torch.tensor([new_width / width, new_height / height], device=image.windows.device)
         points = None if points is None else (points * factors).float()
@@ -283,7 +285,7 @@ class SharpMaskPredictor:
         self, points: Optional[Tensor], labels: Optional[Tensor], boxes: Optional[Tensor]
     ) -> tuple[Tensor, Optional[Tensor]]:
         """The windows among which prompts choose, (B, K, 4), and the probabilities (B, K) that the network gives to windows of its grid."""
-        image, generator = self._image, self._generator
+        image, generator = self._encoded(), self._generator
         if boxes is None:
             scores = image.features.scores[0]
             share = generator.mask_share
@@ -313,7 +315,7 @@ class SharpMaskPredictor:
             outlines: (B, K, 4) XYXY boxes of the masks in the frame of the resized image.
             masks: B * K masks in that frame.
         """
-        image, generator = self._image, self._generator
+        image, generator = self._encoded(), self._generator
         prompts, candidates = windows.shape[:2]
         flat = windows.flatten(0, 1)
         chosen = None if refined else torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
@@ -331,6 +333,11 @@ class SharpMaskPredictor:
             values = logits_at_points(logits.view(prompts, candidates, *logits.shape[1:]), windows, points)
             quality = quality * agreement(values, labels, masks.threshold)
         return quality, outlines, masks
+
+
+def _first(*values: Any) -> Any:
+    """The first of the values that is not None."""
+    return next(value for value in values if value is not None)
 
 
 def _either(value: Optional[ArrayLike], other: Optional[ArrayLike], name: str, other_name: str) -> Optional[ArrayLike]:
