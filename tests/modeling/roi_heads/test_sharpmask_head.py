@@ -175,6 +175,9 @@ def test_probabilities_on_the_boxes_are_the_window_masks_within_half_a_cell(cfg)
     probabilities = torch.stack([found.pred_masks])[0]
     assert probabilities.shape == (4, 1, 56, 56)
     assert torch.equal(found.pred_masks.flip(dims=[3]), probabilities.flip(dims=[3]))
+    some = torch.tensor([False, True, True, False])
+    assert torch.equal(found.pred_masks[some].tensor, probabilities[some, 0])
+    assert torch.equal(found.pred_masks[2].to("cpu").tensor, probabilities[2])
     windows = found.pred_masks.masks
     # Four times as large, so that a cell of a window has some pixels.
     size = (4 * SIZE[0], 4 * SIZE[1])
