@@ -84,11 +84,11 @@ class StraightEdges:
             image: an image with its proposals.
         """
         first = image.masks[: max(COUNTS)]
-        areas, straight = mask_utils.area(first), [has_straight_edge(mask) for mask in first]
+        areas, straight = _areas(first), [has_straight_edge(mask) for mask in first]
         for count in COUNTS:
             self._extend(_name(count), areas[:count], straight[:count])
         truth = image.objects.truth
-        self._extend(_TRUE, mask_utils.area(truth.regions), [has_straight_edge(mask) for mask in truth.regions])
+        self._extend(_TRUE, _areas(truth.regions), [has_straight_edge(mask) for mask in truth.regions])
 
     def _extend(self, name: str, areas: ArrayLike, straight: list[bool]) -> None:
         for values, new in zip(self._masks[name], (areas, straight)):
@@ -113,3 +113,8 @@ class StraightEdges:
 
 def _name(count: int) -> str:
     return f"first {count}"
+
+
+def _areas(masks: list[dict]) -> list[float]:
+    # One by one: of more than 255 masks together, pycocotools fails with an overflow beside numpy 2.
+    return [float(mask_utils.area(mask)) for mask in masks]
