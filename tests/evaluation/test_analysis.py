@@ -13,7 +13,7 @@ from sharpmask_d2.data.coco import load_annotations
 from sharpmask_d2.evaluation.analysis.image_proposals import images_of_results
 from sharpmask_d2.evaluation.analysis.ranking_oracle import by_overlap, one_of_each_first
 from sharpmask_d2.evaluation.analysis.repetition import overlap_with_earlier
-from sharpmask_d2.evaluation.analysis.straight_edges import has_straight_edge, longest_straight_run
+from sharpmask_d2.evaluation.analysis.straight_edges import StraightEdges, has_straight_edge, longest_straight_run
 from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "analyze_proposals.py"
@@ -79,6 +79,28 @@ def test_discs_have_no_straight_edge_and_cut_discs_have_one(radius):
         part[cut] = False
         # A chord at half the radius has 0.87 of the diameter's length.
         assert has_straight_edge(encode(part))
+
+
+def test_an_image_may_have_more_objects_than_pycocotools_adds_up_at_once(tmp_path):
+    annotations = []
+    for number in range(300):
+        x, y = 3 * (number % 30), 3 * (number // 30)
+        box, polygon = [x, y, 2, 2], [[x, y, x + 2, y, x + 2, y + 2, x, y + 2]]
+        annotation = {"id": number + 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 4}
+        annotations.append({**annotation, "bbox": box, "segmentation": polygon})
+    mask = encode(disc(20, size=(90, 90), centre=(45, 45)))
+    mask["counts"] = mask["counts"].decode()
+    results = [{"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [25, 25, 40, 40], "segmentation": mask}]
+    images = [{"id": 1, "width": 90, "height": 90, "file_name": "1.jpg"}]
+    files = tmp_path / "annotations.json", tmp_path / "results.json"
+    files[0].write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]})
+    )
+    files[1].write_text(json.dumps(results))
+    analysis = StraightEdges()
+    for image in images_of_results(load_annotations(str(files[0])), str(files[1])):
+        analysis.add(image)
+    assert analysis.tables()
 
 
 def test_the_image_border_is_not_a_straight_edge():
