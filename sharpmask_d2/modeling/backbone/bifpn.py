@@ -252,8 +252,11 @@ def build_timm_bifpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> BiFPNBack
         channels=cfg.MODEL.BIFPN.CHANNELS,
         num_cells=cfg.MODEL.BIFPN.NUM_CELLS,
     )
-    if cfg.MODEL.TIMM.PRETRAINED.endswith(".npz"):
+    from_arrays = cfg.MODEL.TIMM.PRETRAINED.endswith(".npz")
+    if from_arrays:
         load_pyramid(backbone.bifpn, cfg.MODEL.TIMM.PRETRAINED)
     if cfg.MODEL.BIFPN.FROZEN:
-        backbone.bifpn.requires_grad_(False)
+        # An .npz file has no weights of level p2, which has to be trained then.
+        for module in [backbone.bifpn] if from_arrays else [backbone.bifpn, backbone.lateral, backbone.finest]:
+            module.requires_grad_(False)
     return backbone

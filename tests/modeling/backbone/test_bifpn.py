@@ -95,8 +95,17 @@ def test_a_file_that_does_not_fit_the_trunk_is_named_with_the_array(cfg, tmp_pat
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_frozen_bifpn_still_trains_the_level_of_stride_4(cfg, frozen):
+def test_a_frozen_pyramid_trains_no_level(cfg, frozen):
     cfg.MODEL.BIFPN.FROZEN = frozen
     backbone = build_backbone(cfg)
-    assert {p.requires_grad for p in backbone.bifpn.parameters()} == {not frozen}
+    pyramid = backbone.bifpn, backbone.lateral, backbone.finest
+    assert {p.requires_grad for module in pyramid for p in module.parameters()} == {not frozen}
+
+
+def test_a_frozen_pyramid_from_a_file_still_trains_the_level_of_stride_4(cfg, shared):
+    """The file has no weights of this level."""
+    cfg.MODEL.TIMM.PRETRAINED = str(shared / "weights" / "efficientdet_lite0_coco.npz")
+    cfg.MODEL.BIFPN.FROZEN = True
+    backbone = build_backbone(cfg)
+    assert not any(p.requires_grad for p in backbone.bifpn.parameters())
     assert all(p.requires_grad for p in (*backbone.lateral.parameters(), *backbone.finest.parameters()))
