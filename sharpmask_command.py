@@ -33,7 +33,7 @@ SUBCOMMANDS = {
 }
 _INSTALL = (
     "Detectron2 is not installed: run pip install 'git+https://github.com/facebookresearch/detectron2.git', or see "
-    '"Installation" in the README of sharpmask_d2'
+    '"Install" in docs/getting-started.md of sharpmask_d2'
 )
 
 

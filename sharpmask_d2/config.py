@@ -321,7 +321,7 @@ def add_sharpmask_config(cfg: CN) -> None:
     # Number of BiFPN cells, and number of channels of all levels.
     cfg.MODEL.BIFPN.NUM_CELLS = 3
     cfg.MODEL.BIFPN.CHANNELS = 64
-    # Whether nothing of the pyramid is trained. Only level p2 still is if MODEL.TIMM.PRETRAINED is an .npz file, which has no weights of p2.
+    # Whether no level of the pyramid is trained, except p2 if MODEL.TIMM.PRETRAINED is an .npz file, which has no weights of p2.
     # MODEL.BACKBONE.FREEZE_AT 5 freezes the trunk.
     cfg.MODEL.BIFPN.FROZEN = False
     # Read by build_vgg_backbone.
