@@ -31,6 +31,22 @@ class InputImage(NamedTuple):
     extra: dict[str, Any]
 
 
+def find_images(
+    input: Optional[Sequence[Union[str, Path]]], annotations: Optional[str], image_root: Optional[str]
+) -> list[InputImage]:
+    """Lists the images of `list_inputs`, or those of `list_annotated` if `input` is empty or None.
+
+    Raises:
+        TypeError: neither `input` nor both `annotations` and `image_root` are given.
+        OSError, UserError: see `list_inputs` and `list_annotated`.
+    """
+    if input:
+        return list_inputs(input)
+    if annotations and image_root:
+        return list_annotated(annotations, image_root)
+    raise TypeError("give input, or annotations and image_root")
+
+
 def list_inputs(paths: Sequence[Union[str, Path]]) -> list[InputImage]:
     """Lists images that are given as files and folders, and numbers them from 1 in the order of their names.
 

@@ -12,7 +12,7 @@ from ..io.proposal_files import ProposalWriter, to_results
 from ..visualization import choose_distinct, draw_masks
 from .caching import keep_between_images
 from .configuration import build_config
-from .image_files import InputImage, list_annotated, list_inputs, process_images
+from .image_files import InputImage, find_images, process_images
 from .predictor import ProposalPredictor
 
 # Maximum number of proposals that a picture shows, chosen among the best of the image.
@@ -56,12 +56,7 @@ def compute_proposals(
         UserError: see `build_config` and `ProposalPredictor`.
     """
     keep_between_images()
-    if input:
-        images = list_inputs(input)
-    elif annotations and image_root:
-        images = list_annotated(annotations, image_root)
-    else:
-        raise TypeError("compute_proposals() needs input, or annotations and image_root")
+    images = find_images(input, annotations, image_root)
     cfg = build_config(**config)
     check_outputs(
         {"--output": output, "--pkl": pkl},

@@ -24,7 +24,7 @@ from ..visualization import draw_masks
 from .automatic_mask_generator import SharpMaskAutomaticMaskGenerator
 from .caching import bound_kept_memory, keep_between_images
 from .configuration import build_config
-from .image_files import InputImage, list_annotated, list_inputs, process_images
+from .image_files import InputImage, find_images, list_annotated, process_images
 from .predictor import ProposalPredictor
 from .prompt_predictor import SharpMaskPredictor
 
@@ -65,12 +65,7 @@ def segment_images(
         UserError: see `build_config` and `SharpMaskAutomaticMaskGenerator`.
     """
     keep_between_images()
-    if input:
-        images = list_inputs(input)
-    elif annotations and image_root:
-        images = list_annotated(annotations, image_root)
-    else:
-        raise TypeError("segment_images() needs input, or annotations and image_root")
+    images = find_images(input, annotations, image_root)
     cfg = build_config(**config)
     check_outputs(
         {"--output": output},
