@@ -17,18 +17,19 @@ def pack(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         states: state dicts of models that share parameters, such as a DeepMask and the SharpMask trained from it.
 
     Returns:
-        name -> float16 tensor; integer tensors are unchanged.
+        name -> float16 tensor; integer tensors are unchanged. Parameters of equal values are one tensor, which `save_packed` writes once.
 
     Raises:
         UserError: two models have different values of a parameter, or float16 cannot hold a value; the message names the parameter.
     """
     packed: dict[str, Tensor] = {}
+    distinct: dict[tuple, Tensor] = {}
     for state in states:
         for name, value in state.items():
             half = _halve(name, value)
             if name in packed and not torch.equal(packed[name], half):
                 raise UserError(f"the models do not belong together: {name} differs")
-            packed[name] = half
+            packed[name] = distinct.setdefault((half.dtype, half.shape, half.cpu().numpy().tobytes()), half)
     return packed
 
 
