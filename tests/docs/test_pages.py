@@ -14,7 +14,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 # These parts record measurements of models and commands that are no longer in the package.
 HISTORY = {
     "CHANGELOG.md": r"## 0\.2\.0.*",
-    "model_zoo.md": r"## Ablations of the proposals.*",
+    "ablations.md": r"## Proposals of version 0.1.*",
     "performance.md": r"## Proposals.*",
 }
 FOLDERS = "benchmarks|configs|docs|sharpmask_d2|tests|tools"
