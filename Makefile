@@ -14,6 +14,7 @@ INPUT ?= $(PHOTOGRAPHS)
 .PHONY: demo test docs lint types format clean
 
 demo: $(VENV)/.installed
+	$(BIN)/sharpmask segment --input $(INPUT) --output $(OUTPUT)/masks.json --visualize $(OUTPUT)/masks
 	$(BIN)/sharpmask propose --input $(INPUT) --output $(OUTPUT)/proposals.json --visualize $(OUTPUT)/proposals
 	$(BIN)/sharpmask detect --input $(INPUT) --output $(OUTPUT)
 

@@ -5,11 +5,15 @@ Shape letters:
     H, W: image height and width in pixels
 """
 
-import colorsys
-
 import cv2
 import numpy as np
 from pycocotools import mask as mask_util
+
+# The colours of Okabe and Ito without black (RGB), which people with any kind of colour vision can tell apart.
+PALETTE = np.array(
+    [(86, 180, 233), (240, 228, 66), (204, 121, 167), (0, 158, 115), (230, 159, 0), (0, 114, 178), (213, 94, 0)],
+    dtype=np.float32,
+)
 
 
 def choose_distinct(rles: list[dict], count: int, *, max_overlap: float = 0.5) -> list[int]:
@@ -33,27 +37,26 @@ def choose_distinct(rles: list[dict], count: int, *, max_overlap: float = 0.5) -
     return chosen
 
 
-def draw_masks(image: np.ndarray, rles: list[dict], *, opacity: float = 0.5) -> np.ndarray:
+def draw_masks(image: np.ndarray, rles: list[dict], *, opacity: float = 0.45) -> np.ndarray:
     """Draw masks in different colours with outlines over an image; smaller masks are drawn above larger ones.
 
     Args:
-        image: (H, W, 3) uint8, in any channel order.
-        rles: N masks of the size (H, W) as compressed RLE.
-        opacity: opacity of the colours, from 0 to 1. Default: 0.5.
+        image: (H, W, 3) uint8, BGR.
+        rles: N masks of the size (H, W) as compressed RLE; mask i has the colour i of `PALETTE`, which repeats.
+        opacity: opacity of the colours, from 0 to 1. Default: 0.45.
 
     Returns:
-        A new image, (H, W, 3) uint8.
+        A new image, (H, W, 3) uint8, BGR.
     """
-    canvas = image.astype(np.float32)
-    outlines = []
-    order = sorted(range(len(rles)), key=lambda i: -float(mask_util.area(rles[i])))
-    for i in order:
+    canvas = image.copy()
+    thickness = max(2, round(min(image.shape[:2]) / 300))
+    for i in sorted(range(len(rles)), key=lambda i: -float(mask_util.area(rles[i]))):
         mask = mask_util.decode(rles[i])
-        # Hues that advance by the golden ratio differ clearly between consecutive masks.
-        color = np.array(colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.9, 1.0)) * 255
-        canvas[mask > 0] = (1 - opacity) * canvas[mask > 0] + opacity * color
-        outlines.append((cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0], color))
-    canvas = canvas.round().astype(np.uint8)
-    for contours, color in outlines:
-        cv2.drawContours(canvas, contours, -1, [float(c) for c in color], 2, cv2.LINE_AA)
+        color = PALETTE[i % len(PALETTE)][::-1]
+        inside = mask > 0
+        canvas[inside] = ((1 - opacity) * canvas[inside] + opacity * color).round()
+        contours = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
+        # A dark line around each outline keeps it visible on a background of any colour.
+        cv2.drawContours(canvas, contours, -1, (40, 40, 40), 2 * thickness, cv2.LINE_AA)
+        cv2.drawContours(canvas, contours, -1, color.tolist(), thickness, cv2.LINE_AA)
     return canvas
