@@ -181,7 +181,7 @@ def add_sharpmask_config(cfg: CN) -> None:
 
     # --- training ------------------------------------------------------------------------------------------------------
     # Whether only the refinement is trained, which is the second stage of SharpMask. Everything else, running statistics of batch norms
-    # included, is then frozen.
+    # included, is then frozen. With SharpMaskFPN, the scores are frozen and the decoder is trained; the backbone is frozen by its own keys.
     _C.FREEZE_FEEDFORWARD = False
     # Factors of the losses of masks and of scores. The defaults are those of the released code; the paper's factor of 1/32 on the score
     # loss has the same ratio.
@@ -262,7 +262,8 @@ def add_sharpmask_config(cfg: CN) -> None:
 
     # --- windows of a feature pyramid ----------------------------------------------------------------------------------
     # Read if MODEL.PROPOSAL_GENERATOR.NAME is SharpMaskFPN, in a detector or in the stand-alone SegmentProposalNetwork. Of the keys above,
-    # this generator reads EMBED_DIM, REFINEMENT.CHANNELS, MASK_LOSS_WEIGHT, SCORE_LOSS_WEIGHT, GENERATOR.FROZEN, and TEST except SCALES.
+    # this generator reads EMBED_DIM, REFINEMENT.CHANNELS, FREEZE_FEEDFORWARD, MASK_LOSS_WEIGHT, SCORE_LOSS_WEIGHT, GENERATOR.FROZEN, and
+    # TEST except SCALES.
     # MODEL.ROI_MASK_HEAD.NAME: SharpMaskHead reads EMBED_DIM, REFINEMENT.CHANNELS and TEST.WINDOWS_PER_BATCH, and of the keys below
     # EXTRA_LEVELS, WINDOW_CELLS, OBJECT_SHARE and MASK_WINDOW; its levels are MODEL.ROI_HEADS.IN_FEATURES.
     _C.FPN = CN()
@@ -288,8 +289,8 @@ def add_sharpmask_config(cfg: CN) -> None:
     _C.FPN.WINDOW_NMS_THRESH = 0.6
     # Side of the window in which a mask is decoded, as a multiple of the side of the window whose score was computed.
     _C.FPN.MASK_WINDOW = 1.2
-    # Maximum number of proposals per image whose masks are refined to 56 x 56 cells, those of highest score. The masks of the others have
-    # 14 x 14 cells and are interpolated.
+    # Maximum number of proposals per image whose masks are refined to 56 x 56 cells, those of highest score. The masks of the others are
+    # coarse, as in DeepMask: they have 14 x 14 cells and are interpolated.
     _C.FPN.NUM_REFINED = 300
     # Number of windows per image that contribute to the losses of masks. They are drawn around the objects.
     _C.FPN.MASK_WINDOWS_PER_IMAGE = 48

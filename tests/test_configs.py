@@ -33,7 +33,7 @@ MODELS = {
     "skip_R_50": (SkipRefinement, 160, 7),
 }
 # Name -> whether nothing of the trunk is trained.
-PYRAMID_MODELS = {"sharpmask_bifpn_lite0": True, "sharpmask_fpn_R_50": False}
+PYRAMID_MODELS = {"sharpmask_bifpn_lite0": True, "sharpmask_bifpn_lite0_decoder": True, "sharpmask_fpn_R_50": False}
 LAZY = sorted(path.stem for path in (CONFIGS / "lazy").glob("*.py"))
 
 

@@ -33,8 +33,8 @@ class SampledDecoder(nn.Module):
     """Decodes the masks of square windows, 56 x 56 cells each.
 
     The embedding of a window is computed from its features. The coarse mask of 14 x 14 cells is a linear function of the embedding, as in
-    DeepMask. Two refinement steps follow, at 14 x 14 and at 28 x 28 cells, each with a skip path that is computed once per image
-    (SharpMask, section 3.2).
+    DeepMask. Two refinement steps, at 14 x 14 and at 28 x 28 cells, start from another linear function of the embedding, with k channels;
+    each has a skip path that is computed once per image (SharpMask, section 3.2).
     """
 
     def __init__(self, *, in_channels: int, embed_dim: int, channels: int, num_classes: int = 1):
@@ -48,15 +48,16 @@ class SampledDecoder(nn.Module):
         super().__init__()
         half = channels // 2
         self.embed = nn.Linear(_EMBED_SIDE**2 * in_channels, embed_dim)
+        self.coarse_mask = nn.Linear(embed_dim, _COARSE_SIDE**2)
         self.start = nn.Linear(embed_dim, channels * _COARSE_SIDE**2)
         self.horizontal_coarse = _skip_path(in_channels, channels)
         self.horizontal_fine = _skip_path(in_channels, half)
         self.refine_coarse = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
         self.widen = nn.Conv2d(channels, half, 3, padding=1)
-        self.refine_fine = nn.Conv2d(half, half, 3, padding=1)
+        self.refine_fine = nn.ModuleList(nn.Conv2d(half, half, 3, padding=1) for _ in range(2))
         self.to_mask = nn.Conv2d(half, num_classes, 3, padding=1)
-        # Masks of the intermediate encodings, for deep supervision in training.
-        self.side_masks = nn.ModuleList([nn.Conv2d(channels, 1, 1), nn.Conv2d(half, 1, 1)])
+        # Masks of the three intermediate encodings, for deep supervision in training.
+        self.side_masks = nn.ModuleList(nn.Conv2d(width, 1, 1) for width in (channels, channels, half))
         self.mask_size, self.num_classes = 4 * _COARSE_SIDE, num_classes
 
     @classmethod
@@ -97,12 +98,15 @@ class SampledDecoder(nn.Module):
             classes: (N,) int64 of 0 .. K - 1, whose refined mask is returned; default: that of class 0.
 
         Returns:
-            Three tensors of mask logits, after the first step, after the second step and at the end: (N, 14, 14), (N, 28, 28) and
-            (N, 56, 56).
+            Five tensors of mask logits, from coarse to fine: the coarse masks (N, 14, 14); the masks of the encodings before and after the
+            first step, both (N, 14, 14), and after the second step, (N, 28, 28); and the refined masks (N, 56, 56).
         """
-        encoding = self._encode(tables, images, windows)
-        fine = self._refine(encoding, tables, images, windows)
-        return [self.side_masks[0](encoding)[:, 0], self.side_masks[1](fine)[:, 0], self._last_mask(fine, classes)]
+        embeddings = self._embed(tables, images, windows)
+        start = self._start(embeddings, tables, images, windows)
+        coarse = _residuals(start, self.refine_coarse)
+        fine = self._refine_fine(coarse, tables, images, windows)
+        sides = [layer(encoding)[:, 0] for layer, encoding in zip(self.side_masks, (start, coarse, fine))]
+        return [self._coarse_masks(embeddings), *sides, self._last_mask(fine, classes)]
 
     def masks(
         self,
@@ -117,36 +121,48 @@ class SampledDecoder(nn.Module):
 
         Args:
             tables, images, windows: see `forward`.
-            refined: False leaves the refinement out, which takes most of the time: the coarse mask is interpolated.
+            refined: False leaves the refinement out, which takes most of the time: the coarse masks are interpolated.
             classes: see `forward`; coarse masks do not depend on it.
 
         Returns:
             (N, 56, 56) logits.
         """
-        encoding = self._encode(tables, images, windows)
+        embeddings = self._embed(tables, images, windows)
         if refined:
-            return self._last_mask(self._refine(encoding, tables, images, windows), classes)
-        coarse = self.side_masks[0](encoding)
-        return F.interpolate(coarse, size=(self.mask_size,) * 2, mode="bilinear", align_corners=False)[:, 0]
+            coarse = _residuals(self._start(embeddings, tables, images, windows), self.refine_coarse)
+            return self._last_mask(self._refine_fine(coarse, tables, images, windows), classes)
+        masks = self._coarse_masks(embeddings)[:, None]
+        return F.interpolate(masks, size=(self.mask_size,) * 2, mode="bilinear", align_corners=False)[:, 0]
 
-    def _encode(self, tables: DecoderTables, images: Tensor, windows: Tensor) -> Tensor:
-        """The encodings after the first refinement step, (N, k, 14, 14): k coarse masks with the first skip features added."""
+    def _embed(self, tables: DecoderTables, images: Tensor, windows: Tensor) -> Tensor:
+        """The embeddings of windows, (N, E)."""
         sampled = tables.features.sample_windows(images, windows, _EMBED_SIDE)
-        embeddings = self.embed(sampled.permute(0, 2, 3, 1).flatten(1)).relu()
-        encoding = self.start(embeddings).unflatten(1, (_COARSE_SIDE, _COARSE_SIDE, -1)).permute(0, 3, 1, 2)
-        encoding = (encoding + tables.coarse.sample_windows(images, windows, _COARSE_SIDE)).relu()
-        for conv in self.refine_coarse:
-            encoding = (encoding + conv(encoding)).relu()
-        return encoding
+        return self.embed(sampled.permute(0, 2, 3, 1).flatten(1)).relu()
 
-    def _refine(self, encoding: Tensor, tables: DecoderTables, images: Tensor, windows: Tensor) -> Tensor:
+    def _coarse_masks(self, embeddings: Tensor) -> Tensor:
+        """(N, 14, 14) logits."""
+        return self.coarse_mask(embeddings).unflatten(1, (_COARSE_SIDE, _COARSE_SIDE))
+
+    def _start(self, embeddings: Tensor, tables: DecoderTables, images: Tensor, windows: Tensor) -> Tensor:
+        """What refinement starts from, (N, k, 14, 14): a function of the embedding with the first skip features added."""
+        encoding = self.start(embeddings).unflatten(1, (_COARSE_SIDE, _COARSE_SIDE, -1)).permute(0, 3, 1, 2)
+        return (encoding + tables.coarse.sample_windows(images, windows, _COARSE_SIDE)).relu()
+
+    def _refine_fine(self, coarse: Tensor, tables: DecoderTables, images: Tensor, windows: Tensor) -> Tensor:
         """The second refinement step, from (N, k, 14, 14) to (N, k / 2, 28, 28), with the second skip features added."""
-        fine = conv_upsampled(encoding, self.widen) + tables.fine.sample_windows(images, windows, 2 * _COARSE_SIDE)
-        return self.refine_fine(fine.relu()).relu()
+        fine = conv_upsampled(coarse, self.widen) + tables.fine.sample_windows(images, windows, 2 * _COARSE_SIDE)
+        return _residuals(fine.relu(), self.refine_fine)
 
     def _last_mask(self, fine: Tensor, classes: Optional[Tensor]) -> Tensor:
         masks = conv_upsampled(fine, self.to_mask)
         return masks[:, 0] if classes is None else masks[torch.arange(len(masks), device=masks.device), classes]
+
+
+def _residuals(encoding: Tensor, convs: nn.ModuleList) -> Tensor:
+    """Applies convolutions whose results are added to their inputs, with a ReLU after each."""
+    for conv in convs:
+        encoding = (encoding + conv(encoding)).relu()
+    return encoding
 
 
 def _skip_path(in_channels: int, out_channels: int) -> nn.Sequential:

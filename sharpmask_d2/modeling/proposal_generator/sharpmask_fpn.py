@@ -73,6 +73,7 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
         window_nms_thresh: float,
         mask_loss_weight: float,
         score_loss_weight: float,
+        freeze_feedforward: bool,
         frozen: bool,
         **settings,
     ):
@@ -89,6 +90,8 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
             mask_jitter: shift and octaves of these windows, see `jittered_windows`.
             window_nms_thresh: see `grid.spread`; 1 selects the windows of highest score.
             mask_loss_weight, score_loss_weight: factors of the losses.
+            freeze_feedforward: whether the scores have no loss and no gradients, so that the decoder alone is trained (and the backbone,
+                unless it is frozen, too).
             frozen: whether the generator has no losses and no gradients.
             settings: see `SegmentGenerator`.
 
@@ -111,7 +114,9 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
             "loss_sharpmask_dice": 1.0,
             "loss_sharpmask_side": 1.0,
         }
-        self.frozen = frozen
+        self.freeze_feedforward, self.frozen = freeze_feedforward, frozen
+        if freeze_feedforward:
+            self.scores.requires_grad_(False)
         if frozen:
             self.requires_grad_(False)
 
@@ -139,6 +144,7 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
             "window_nms_thresh": fpn.WINDOW_NMS_THRESH,
             "mask_loss_weight": sharpmask.MASK_LOSS_WEIGHT,
             "score_loss_weight": sharpmask.SCORE_LOSS_WEIGHT,
+            "freeze_feedforward": sharpmask.FREEZE_FEEDFORWARD,
             "frozen": sharpmask.GENERATOR.FROZEN,
             **cls.test_settings(cfg),
         }
@@ -162,8 +168,9 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
         Returns:
             One `Instances` per image in the frame of the resized image, best first (see `SegmentGenerator.postprocess`). In training with
             ground truth they have no `proposal_masks`, because Detectron2 concatenates them with the ground truth, which has no such field.
-            And a dict of losses, empty in evaluation and if the generator is frozen: loss_sharpmask_score of the scores,
-            loss_sharpmask_mask and loss_sharpmask_dice of the masks, and loss_sharpmask_side of the intermediate masks.
+            And a dict of losses, empty in evaluation and if the generator is frozen: loss_sharpmask_mask and loss_sharpmask_dice of the
+            masks, loss_sharpmask_side of the coarse and intermediate masks, and loss_sharpmask_score of the scores, unless the
+            feed-forward part is frozen.
 
         Raises:
             UserError: training without ground truth or without its masks, or training of a detector on a frozen generator without weights.
@@ -221,7 +228,8 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
         clear = (labels == 0) | (labels == 1)
         log_windows(scores[clear], labels[clear], masks[-1], targets, len(gt_instances))
         losses = {f"loss_sharpmask_{name}": loss for name, loss in refinement_losses(masks, targets).items()}
-        losses["loss_sharpmask_score"] = quality_focal_loss(scores, labels)
+        if not self.freeze_feedforward:
+            losses["loss_sharpmask_score"] = quality_focal_loss(scores, labels)
         return {name: loss * self.loss_weights[name] for name, loss in losses.items()}
 
     @torch.no_grad()

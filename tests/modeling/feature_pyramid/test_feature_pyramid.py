@@ -477,7 +477,8 @@ def slow_target_of_score(window, boxes):
     return target
 
 
-@pytest.mark.parametrize("mask_window", [1.0, 1.2])
+# With these windows no edge of an object halves a cell, whose target could be either.
+@pytest.mark.parametrize("mask_window", [1.03, 1.07])
 def test_losses_cover_all_scores_and_the_masks_of_windows_around_the_objects(cfg, mask_window):
     fpn = cfg.MODEL.SHARPMASK.FPN
     fpn.MASK_WINDOW = mask_window
@@ -518,10 +519,9 @@ def test_losses_cover_all_scores_and_the_masks_of_windows_around_the_objects(cfg
             dice_terms += [dice.item()] * (8 // len(boxes))
     assert kinds == {0, "between", 1}
     assert losses["loss_sharpmask_score"].item() == pytest.approx(score_loss / total, rel=1e-4)
-    # Cells that an edge of an object halves may have either target.
     weight = cfg.MODEL.SHARPMASK.MASK_LOSS_WEIGHT
-    assert losses["loss_sharpmask_mask"].item() == pytest.approx(weight * np.mean(mask_terms), rel=1e-2)
-    assert losses["loss_sharpmask_dice"].item() == pytest.approx(np.mean(dice_terms), rel=1e-2)
+    assert losses["loss_sharpmask_mask"].item() == pytest.approx(weight * np.mean(mask_terms), rel=1e-5)
+    assert losses["loss_sharpmask_dice"].item() == pytest.approx(np.mean(dice_terms), rel=1e-5)
 
 
 def bce(value, target):
@@ -570,12 +570,23 @@ def test_gradients_of_each_loss_reach_the_layers_that_it_trains(cfg):
     of_encoding = {"embed", "start", "horizontal_coarse", "refine_coarse"}
     of_mask = of_encoding | {"horizontal_fine", "widen", "refine_fine"}
     assert reached["loss_sharpmask_mask"] == reached["loss_sharpmask_dice"] == of_mask | {"to_mask"}
-    assert reached["loss_sharpmask_side"] == of_mask | {"side_masks"}
+    assert reached["loss_sharpmask_side"] == of_mask | {"side_masks", "coarse_mask"}
     assert reached["loss_sharpmask_score"] == {"reduce", "templates", "predictors"}
     model.zero_grad()
     sum(model(inputs).values()).backward()
     assert all(p.grad is not None and p.grad.any() for p in decoder.parameters())
     assert all(gradient(module) > 0 for module in laterals.values())
+
+
+def test_with_a_frozen_feed_forward_part_the_losses_train_the_decoder_alone(cfg):
+    cfg.MODEL.SHARPMASK.FREEZE_FEEDFORWARD = True
+    model = build_model(with_fpn(cfg)).train()
+    losses = model(inputs_of(draw()))
+    assert set(losses) == LOSSES - {"loss_sharpmask_score"}
+    sum(losses.values()).backward()
+    generator = model.proposal_generator
+    assert not any(p.requires_grad or p.grad is not None for p in generator.scores.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in generator.decoder.parameters())
 
 
 def test_a_frozen_generator_has_no_losses_and_no_gradients(cfg):
@@ -938,7 +949,7 @@ def test_a_detector_handles_images_without_proposals(cfg):
     model = build_model(detector_cfg(cfg, "StandardROIHeads"))
     # Every mask is empty.
     decoder = model.proposal_generator.decoder
-    for layer in (decoder.to_mask, decoder.side_masks[0]):
+    for layer in (decoder.to_mask, decoder.coarse_mask):
         nn.init.constant_(layer.bias, -1e6)
     inputs = inputs_of(draw())
     losses = model.train()(inputs)

@@ -83,7 +83,7 @@ def test_training_returns_the_masks_of_every_step(decoder):
     features, extents = pyramid((64, 64))
     tables = decoder.tables(features, extents, STRIDES)
     masks = decoder(tables, torch.zeros(2, dtype=torch.long), torch.tensor([[0.0, 0, 40, 40]] * 2))
-    assert [tuple(mask.shape) for mask in masks] == [(2, 14, 14), (2, 28, 28), (2, 56, 56)]
+    assert [tuple(mask.shape) for mask in masks] == [*[(2, 14, 14)] * 3, (2, 28, 28), (2, 56, 56)]
 
 
 def test_without_windows_there_are_no_masks(decoder):
@@ -239,27 +239,37 @@ def test_windows_are_sampled_on_the_level_whose_cells_have_the_closest_size(size
         torch.testing.assert_close(table.sample_windows(images, windows, size), expected)
 
 
-@pytest.mark.parametrize("refined", [True, False])
 @torch.no_grad()
-def test_skip_features_are_aligned_with_the_cells_of_the_mask(decoder, refined):
+def test_coarse_masks_are_linear_functions_of_embeddings_and_cover_the_window(decoder):
+    features, extents = pyramid((256, 256))
+    tables = decoder.tables(features, extents, STRIDES)
+    images = torch.zeros(1, dtype=torch.long)
+    windows = torch.tensor([[70.0, 60.0, 161.0, 151.0]])
+    sampled = tables.features.sample_windows(images, windows, 7)[0]
+    embedding = (decoder.embed.weight @ sampled.permute(1, 2, 0).flatten() + decoder.embed.bias).clamp(min=0)
+    rows = (decoder.coarse_mask.weight @ embedding + decoder.coarse_mask.bias).view(1, 1, 14, 14)
+    expected = torch.nn.functional.interpolate(rows, size=(56, 56), mode="bilinear", align_corners=False)[0, 0]
+    mask = decoder.masks(tables, images, windows, refined=False)[0]
+    torch.testing.assert_close(mask, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_skip_features_are_aligned_with_the_cells_of_the_mask(decoder):
     """All weights are zero except those that copy the first channel, which is a ramp along the rows of the image."""
     for parameter in decoder.parameters():
         parameter.zero_()
     for path in (decoder.horizontal_coarse, decoder.horizontal_fine):
         path[0].weight[0, 0] = path[2].weight[0, 0] = 1
-    decoder.refine_fine.weight[0, 0, 1, 1] = decoder.to_mask.weight[0, 0, 1, 1] = 1
-    decoder.side_masks[0].weight[0, 0] = 1
+    decoder.to_mask.weight[0, 0, 1, 1] = 1
     sizes = pyramid_sizes((256, 256), STRIDES)
     ramps = [(torch.arange(columns) + 0.5) * s for s, (_, columns) in zip(STRIDES, sizes)]
     features = [ramp.expand(1, 6, rows, columns).clone() / 100 for ramp, (rows, columns) in zip(ramps, sizes)]
     x0, y0, side = 70.0, 60.0, 91.0
     tables = decoder.tables(features, torch.tensor([sizes]), STRIDES)
     windows = torch.tensor([[x0, y0, x0 + side, y0 + side]])
-    mask = decoder.masks(tables, torch.zeros(1, dtype=torch.long), windows, refined=refined)[0]
-    cells = 28 if refined else 14
-    ramp = ((x0 + (torch.arange(cells) + 0.5) * side / cells) / 100)[None, None].expand(1, cells, cells)
-    mode = {"mode": "nearest"} if refined else {"mode": "bilinear", "align_corners": False}
-    expected = torch.nn.functional.interpolate(ramp[None], size=(56, 56), **mode)[0, 0]
+    mask = decoder.masks(tables, torch.zeros(1, dtype=torch.long), windows)[0]
+    ramp = ((x0 + (torch.arange(28) + 0.5) * side / 28) / 100)[None, None].expand(1, 28, 28)
+    expected = torch.nn.functional.interpolate(ramp[None], size=(56, 56), mode="nearest")[0, 0]
     torch.testing.assert_close(mask, expected, atol=1e-5, rtol=0)
 
 
