@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 import torch
 from sharpmask_d2 import model_zoo
+
+# isort: split
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from sharpmask_d2.errors import UserError
 from sharpmask_d2.inference import ProposalPredictor, SharpMaskPredictor
 from sharpmask_d2.inference.configuration import build_config
 from sharpmask_d2.inference.point_windows import box_iou, candidate_windows, choose_distinct, grid_boxes
+from sharpmask_d2.inference.predictor import prepare_image
 
 SIZE = (96, 128)
 
@@ -70,6 +77,42 @@ def test_a_prompt_by_the_window_of_a_proposal_gives_its_mask(proposals, drawing)
     masks, _, logits = predictor.predict(boxes=torch.cat([centres - half, centres + half], dim=1).numpy())
     np.testing.assert_allclose(logits[:, 0], found.logits.numpy(), atol=1e-3)
     assert np.array_equal(masks[:, 0], found.to_numpy())
+
+
+@torch.no_grad()
+def test_boxes_give_the_masks_of_a_mask_head_with_equal_weights(drawing):
+    """The mask head of a detector on the packaged backbone, whose image is resized as well."""
+    image, truth = drawing
+    size = ("INPUT.MIN_SIZE_TEST", "144", "MODEL.DEVICE", "cpu")
+    # Detectron2 pastes the masks of detections with this threshold.
+    cfg = build_config(opts=(*size, "MODEL.SHARPMASK.TEST.MASK_THRESHOLD", "0.5"))
+    proposals = ProposalPredictor(cfg)
+    predictor = SharpMaskPredictor(proposals, crop_to_boxes=False)
+    predictor.set_image(image)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_ON = "GeneralizedRCNN", True
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = list(cfg.MODEL.SHARPMASK.FPN.IN_FEATURES)
+    cfg.MODEL.ROI_BOX_HEAD.NAME, cfg.MODEL.ROI_BOX_HEAD.NUM_FC = "FastRCNNConvFCHead", 1
+    cfg.MODEL.ROI_MASK_HEAD.NAME, cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE = "SharpMaskHead", ""
+    cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK = True
+    detector = build_model(cfg).eval()
+    DetectionCheckpointer(detector).load(cfg.MODEL.WEIGHTS)
+    detector.roi_heads.mask_head.decoder.load_state_dict(detector.proposal_generator.decoder.state_dict())
+
+    boxes = torch.tensor([*map(tight_box, truth), [-20, 30, 60, 140], [100, 60, 104, 63]], dtype=torch.float32)
+    masks, _, _ = predictor.predict(boxes=boxes.numpy())
+    inputs = prepare_image(image, proposals.resize, cfg)
+    found = Instances((144, 192), pred_boxes=Boxes(1.5 * boxes), scores=torch.ones(len(boxes)))
+    found.pred_classes = torch.zeros(len(boxes), dtype=torch.long)
+    detected = detector.inference([inputs], [found])[0]["instances"].pred_masks.numpy()
+    assert detected.shape == (5, *SIZE)
+    # The prepared model of a predictor rounds differently, which shows in pixels next to the threshold.
+    assert [(one == other).mean() > 0.999 for one, other in zip(masks[:, 0], detected)] == [True] * 5
+    assert all(iou(one, other) > 0.9 for one, other in zip(masks[:, 0], detected))
+    for mask, other in zip(detected, truth):
+        assert iou(mask, other) > 0.7
 
 
 def test_boxes_of_drawn_objects_give_their_masks(predictor, drawing):
