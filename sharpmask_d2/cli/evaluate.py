@@ -1,9 +1,11 @@
 """Prints the average recall (AR) of proposals on an annotated dataset.
 
     sharpmask evaluate --annotations instances.json --proposals proposals.json
+    sharpmask evaluate --annotations instances.json --proposals masks_of_segment.json --precision
 
 It prints the AR of masks and of boxes at 10, 100 and 1000 proposals per image, its area under the curve (AUC), and the recall by object
-size and by IoU. Classes are ignored. Results without a segmentation are evaluated as boxes only.
+size and by IoU. Classes are ignored. Results without a segmentation are evaluated as boxes only. --precision adds the precision and the
+recall of all results at the IoUs 0.5 and 0.75: how many of the results are objects, and how many of the objects are found.
 """
 
 import argparse
@@ -24,6 +26,11 @@ def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = make_parser("evaluate", __doc__)
     parser.add_argument("--annotations", required=True, metavar="JSON", help="COCO annotation file")
     parser.add_argument("--proposals", required=True, metavar="JSON", help="COCO result file")
+    parser.add_argument(
+        "--precision",
+        action="store_true",
+        help="print the precision of the results, too, for results that were selected, such as those of `sharpmask segment`",
+    )
     parser.add_argument(
         "--output", metavar="JSON", help="file to write the metrics to; a metric without any object is null"
     )
@@ -55,7 +62,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         folders={"--pictures": args.pictures},
         images=[Path(args.image_root) / image["file_name"] for image in coco.imgs.values()] if args.pictures else [],
     )
-    metrics = evaluate_proposal_json(coco, args.proposals)
+    metrics = evaluate_proposal_json(coco, args.proposals, precision=args.precision)
     print(format_table(metrics))
     if args.output:
         write_json(metrics, args.output)

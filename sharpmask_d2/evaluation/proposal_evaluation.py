@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..io.outputs import write_output
 from .coco_results import check_results
 from .ground_truth import BOXES, MASKS, encode_segmentations, ground_truth
-from .recall import AREA_RANGES, IOU_THRESHOLDS, PROPOSAL_COUNTS, RecallAccumulator
+from .recall import AREA_RANGES, IOU_THRESHOLDS, PRECISION_IOUS, PROPOSAL_COUNTS, RecallAccumulator
 
 # One flat dict of figures per kind of region: {"segm": {"AR@10": ...}, "bbox": {...}}.
 Metrics = dict[str, dict[str, float]]
@@ -144,6 +144,7 @@ def evaluate_proposal_json(
     proposals: Union[str, os.PathLike, Sequence[dict]],
     *,
     max_proposals: int = PROPOSAL_COUNTS[-1],
+    precision: bool = False,
 ) -> "OrderedDict[str, dict[str, float]]":
     """Compute the figures of `ProposalEvaluator` from COCO results.
 
@@ -155,6 +156,8 @@ def evaluate_proposal_json(
         proposals: path of a COCO result file, or its list of dicts with "image_id", "score" and at least one of "bbox" (XYWH in pixels of
             the original image) and "segmentation" (RLE or polygons). If "bbox" is missing, the tight box of the mask is used.
         max_proposals: maximum number of proposals per image; only the best ones are evaluated. Default: 1000.
+        precision: add the figures of `RecallAccumulator.summarize_precision`. They say something of results that were selected, such as the
+            masks of `sharpmask segment`. Default: False.
 
     Returns:
         {"segm": figures, "bbox": figures} in percent; "segm" is absent if the results have no segmentations.
@@ -189,19 +192,24 @@ def evaluate_proposal_json(
         boxes = [r["bbox"] if "bbox" in r else mask_utils.toBbox(masks[i]) for i, r in enumerate(results)]
         boxes = np.array(boxes, dtype=np.float64)
         recalls[BOXES].add(image_id, ground_truth(coco, image_id, BOXES), boxes, scores)
-    return _summarize(coco, recalls)
+    metrics = _summarize(coco, recalls)
+    if precision:
+        for kind, recall in recalls.items():
+            metrics[kind].update(recall.summarize_precision())
+    return metrics
 
 
 def format_table(metrics: Metrics) -> str:
-    """Format figures as two Markdown tables: AR by number of proposals and object size, and recall by IoU.
+    """Format figures as Markdown tables: AR by number of proposals and object size, recall by IoU and, if present, precision.
 
     Args:
         metrics: the result of `evaluate_proposal_json` or `ProposalEvaluator.evaluate`.
 
     Returns:
-        The tables, separated by an empty line.
+        The tables, separated by empty lines.
     """
-    recall_rows, threshold_rows = [], []
+    recall_rows, threshold_rows, precision_rows = [], [], []
+    precision_keys = [f"{name}-IoU{iou}" for iou in PRECISION_IOUS for name in ("Precision", "Recall")]
     for kind, values in metrics.items():
         for area in AREA_RANGES:
             suffix = "" if area == "all" else f"-{area}"
@@ -210,9 +218,14 @@ def format_table(metrics: Metrics) -> str:
         for count in PROPOSAL_COUNTS:
             row = [values[f"Recall@{count}-IoU{round(100 * threshold)}"] for threshold in IOU_THRESHOLDS]
             threshold_rows.append([kind, count] + row)
+        if "Results-per-image" in values:
+            precision_rows.append([kind, values["Results-per-image"]] + [values[key] for key in precision_keys])
     recall_header = ["", "objects"] + [f"AR@{count}" for count in PROPOSAL_COUNTS] + ["AUC"]
     threshold_header = ["recall", "N"] + [f"IoU {threshold:.2f}" for threshold in IOU_THRESHOLDS]
     tables = [(recall_rows, recall_header), (threshold_rows, threshold_header)]
+    if precision_rows:
+        header = ["all results", "per image"] + [key.replace("-", " ") for key in precision_keys]
+        tables.append((precision_rows, header))
     return "\n\n".join(tabulate(rows, header, tablefmt="pipe", floatfmt=".2f") for rows, header in tables)
 
 

@@ -2,7 +2,8 @@
 
 Proposals are matched to objects as in pycocotools' `COCOeval` with `useCats = 0`, so the figures equal those of COCOeval. Proposals are
 matched once, by descending score. The rank of the proposal that is matched to an object therefore determines the recall at every number of
-proposals N, and only these ranks are stored.
+proposals N, and only these ranks are stored. The precision of all results of an image, for files of a few masks that were selected, follows
+from the same matches.
 
 Shape letters:
     D: proposals (detections) of an image, sorted by descending score
@@ -24,6 +25,8 @@ IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 AREA_RANGES = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
 # Numbers of proposals per image, N, at which recall is reported.
 PROPOSAL_COUNTS = (10, 100, 1000)
+# IoU thresholds in percent at which precision is reported.
+PRECISION_IOUS = (50, 75)
 # Rank of an object that no proposal is matched to.
 UNMATCHED = np.iinfo(np.int32).max
 
@@ -49,6 +52,10 @@ class ImageRecall(NamedTuple):
     ranks: np.ndarray
     # (A, G) bool, whether the object counts in the area range.
     counted: np.ndarray
+    # (T,) int, number of proposals without those that are matched to no object but lie in a crowd.
+    judged: np.ndarray
+    # Number of proposals.
+    count: int
 
 
 def match_ranks(ious: np.ndarray, counted: np.ndarray, thresholds: np.ndarray = IOU_THRESHOLDS) -> np.ndarray:
@@ -95,8 +102,28 @@ def match_ranks(ious: np.ndarray, counted: np.ndarray, thresholds: np.ndarray = 
     return ranks
 
 
+def count_judged(crowd_ious: np.ndarray, ranks: np.ndarray, thresholds: np.ndarray = IOU_THRESHOLDS) -> np.ndarray:
+    """Count the proposals that are right or wrong: all except those that are matched to no object but lie in a crowd.
+
+    Source: `COCOeval.evaluateImg` of pycocotools.
+
+    Args:
+        crowd_ious: (D, number of crowds) share of the proposal that lies in the crowd, which is COCO's IoU with a crowd.
+        ranks: (T, G), see `match_ranks`.
+        thresholds: (T,) IoU thresholds. Default: `IOU_THRESHOLDS`, 0.5 to 0.95.
+
+    Returns:
+        (T,) int, at most D.
+    """
+    # T x D
+    ignored = (crowd_ious[None] >= np.minimum(thresholds, 1 - 1e-10)[:, None, None]).any(axis=2)
+    for row, matched in zip(ignored, ranks):
+        row[matched[matched < UNMATCHED]] = False
+    return (~ignored).sum(axis=1)
+
+
 class RecallAccumulator:
-    """Matches proposals image by image and reports class-agnostic recall.
+    """Matches proposals image by image and reports class-agnostic recall, and precision if it is asked for.
 
     Recall is computed over all objects of all images that were added, without crowds. The objects of an image without proposals count as
     missed. If no object counts (in an area range, or at all), recall is nan (COCOeval reports -1).
@@ -148,7 +175,9 @@ class RecallAccumulator:
         ious = np.zeros((len(order), len(areas)))
         if ious.size:
             ious = mask_utils.iou(proposals, ground_truth.regions, is_crowd.astype(np.uint8))
-        self.images[image_id] = ImageRecall(match_ranks(ious, counted), counted)
+        ranks = match_ranks(ious, counted)
+        judged = count_judged(ious[:, is_crowd], ranks[0])
+        self.images[image_id] = ImageRecall(ranks, counted, judged, len(order))
 
     def merge(self, others: Iterable["RecallAccumulator"]) -> None:
         """Add the images of other accumulators, such as those of other processes.
@@ -189,6 +218,18 @@ class RecallAccumulator:
             return np.full(len(counts), np.nan)
         return np.searchsorted(np.sort(ranks, axis=None), counts, side="left") / ranks.size
 
+    def precision(self) -> np.ndarray:
+        """Compute the precision at every IoU threshold: the share of the proposals of all images that are matched to an object.
+
+        Proposals that are matched to no object but lie in a crowd are left out, as in COCOeval.
+
+        Returns:
+            (T,) from 0 to 1; nan without proposals.
+        """
+        right = (self._counted_ranks("all") < UNMATCHED).sum(axis=1)
+        judged = np.sum([image.judged for image in self.images.values()], axis=0, initial=0) * np.ones_like(right)
+        return np.divide(right, judged, out=np.full(len(right), np.nan), where=judged > 0)
+
     def auc(self, area: str = "all") -> float:
         """Compute the area under the curve of AR against log10(N), divided by the length of the axis.
 
@@ -223,6 +264,23 @@ class RecallAccumulator:
             for threshold, value in zip(IOU_THRESHOLDS, self.recall(count)):
                 metrics[f"Recall@{count}-IoU{round(100 * threshold)}"] = value
         return {key: 100 * float(value) for key, value in metrics.items()}
+
+    def summarize_precision(self) -> dict[str, float]:
+        """Compute the precision and the recall of all proposals of an image, at the IoU thresholds of `PRECISION_IOUS`.
+
+        Returns:
+            "Precision-IoU50", "Recall-IoU50" and so on in percent, and "Results-per-image", the mean number of proposals. A figure is nan
+            if there are no proposals, no objects or no images.
+        """
+        precision, recall = self.precision(), self.recall(self.max_proposals)
+        metrics = {}
+        for threshold, *values in zip(IOU_THRESHOLDS, precision, recall):
+            if round(100 * threshold) in PRECISION_IOUS:
+                for name, value in zip(("Precision", "Recall"), values):
+                    metrics[f"{name}-IoU{round(100 * threshold)}"] = 100 * float(value)
+        counts = [image.count for image in self.images.values()]
+        metrics["Results-per-image"] = float(np.mean(counts)) if counts else float("nan")
+        return metrics
 
     def _counted_ranks(self, area: str) -> np.ndarray:
         """Ranks of the objects of all images that count in an area range: T x (number of objects)."""

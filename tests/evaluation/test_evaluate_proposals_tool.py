@@ -63,6 +63,20 @@ def test_evaluate_proposals_prints_and_writes(annotations, tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["annotations.json", "metrics.json", "proposals.json"]
 
 
+def test_precision_is_printed_when_it_is_asked_for(annotations, tmp_path, monkeypatch, capsys):
+    proposals = tmp_path / "masks.json"
+    found = {"image_id": 3, "category_id": 1, "bbox": [10, 20, 50, 31], "score": 0.5}
+    wrong = {**found, "image_id": 4, "score": 0.4}
+    proposals.write_text(json.dumps([found, wrong, {**found, "score": 0.3}]))
+    arguments = ("evaluate_proposals.py", "--annotations", annotations, "--proposals", proposals)
+    run_tool(monkeypatch, *arguments)
+    assert "Precision" not in capsys.readouterr().out
+    run_tool(monkeypatch, *arguments, "--precision")
+    row = capsys.readouterr().out.splitlines()[-1]
+    # The object is found once; the second mask of it and that in the other image are wrong. Its IoU is 0.775.
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == ["bbox", "1.50", "33.33", "100.00", "33.33", "100.00"]
+
+
 def test_pictures_show_the_best_and_the_worst(annotations, tmp_path, monkeypatch, capsys):
     content = json.loads(annotations.read_text())
     content["annotations"].append({**content["annotations"][0], "id": 2, "image_id": 4})

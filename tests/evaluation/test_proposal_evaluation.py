@@ -182,7 +182,75 @@ def register(tmp_path):
         MetadataCatalog.remove(name)
 
 
+def literal_precision(dataset, results, threshold) -> tuple:
+    """Precision, recall and results per image, from bitmaps and loops over single results and objects."""
+    right = judged = objects = 0
+    for image in dataset["images"]:
+        annotations = [a for a in dataset["annotations"] if a["image_id"] == image["id"]]
+        # Of equal IoUs the last object is taken, and objects are ordered by category.
+        annotations.sort(key=lambda a: a["category_id"])
+        truths = [mask_utils.decode(a["segmentation"]).astype(bool) for a in annotations]
+        objects += sum(not a["iscrowd"] for a in annotations)
+        taken = set()
+        of_image = [r for r in results if r["image_id"] == image["id"]]
+        for candidate in sorted(of_image, key=lambda r: -r["score"]):
+            mask = mask_utils.decode(candidate["segmentation"]).astype(bool)
+            best, best_iou, in_crowd = None, threshold, False
+            for i, truth in enumerate(truths):
+                both = (mask & truth).sum()
+                if annotations[i]["iscrowd"]:
+                    in_crowd |= both / mask.sum() >= threshold
+                elif i not in taken and both / (mask | truth).sum() >= best_iou:
+                    best, best_iou = i, both / (mask | truth).sum()
+            if best is not None:
+                taken.add(best)
+                right += 1
+            judged += best is not None or not in_crowd
+    return 100 * right / judged, 100 * right / objects, len(results) / len(dataset["images"])
+
+
 # -------------------------------------------------------------------------------------------------- against pycocotools
+
+
+@pytest.mark.parametrize("kind", ["segm", "bbox"])
+@pytest.mark.parametrize("seed", range(6))
+def test_precision_equals_that_of_cocoeval(kind, seed):
+    dataset, results = random_dataset(seed, num_images=12, max_proposals=60)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = load(dataset)
+        evaluation = COCOeval(truth, truth.loadRes(json.loads(json.dumps(results))), kind)
+        evaluation.params.useCats = 0
+        evaluation.params.maxDets = [1000]
+        evaluation.params.areaRng = evaluation.params.areaRng[:1]
+        evaluation.evaluate()
+    matched, ignored = (
+        np.concatenate([image[key] for image in evaluation.evalImgs if image], axis=1)
+        for key in ("dtMatches", "dtIgnore")
+    )
+    assert ignored.any()
+    expected = 100 * ((matched > 0) & (ignored == 0)).sum(axis=1) / (ignored == 0).sum(axis=1)
+    metrics = evaluate_proposal_json(load(dataset), results, precision=True)[kind]
+    assert metrics["Precision-IoU50"] == pytest.approx(expected[0])
+    assert metrics["Precision-IoU75"] == pytest.approx(expected[5])
+    assert metrics["Precision-IoU50"] > metrics["Precision-IoU75"] > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_precision_and_recall_equal_a_literal_count(seed):
+    dataset, results = random_dataset(seed, max_proposals=12)
+    metrics = evaluate_proposal_json(load(dataset), results, precision=True)["segm"]
+    for iou in (50, 75):
+        precision, recall, per_image = literal_precision(dataset, results, iou / 100)
+        assert metrics[f"Precision-IoU{iou}"] == pytest.approx(precision)
+        assert metrics[f"Recall-IoU{iou}"] == pytest.approx(recall)
+        assert metrics["Results-per-image"] == pytest.approx(per_image)
+
+
+def test_without_results_there_is_no_precision():
+    dataset, _ = random_dataset(0)
+    metrics = evaluate_proposal_json(load(dataset), [], precision=True)["bbox"]
+    assert np.isnan([metrics["Precision-IoU50"], metrics["Precision-IoU75"]]).all()
+    assert metrics["Recall-IoU50"] == metrics["Results-per-image"] == 0
 
 
 @pytest.mark.parametrize("kind", ["segm", "bbox"])
