@@ -9,10 +9,11 @@ import pickle
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
+from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
-from drawing import ROOT
+from detectron2.utils.events import EventStorage
+from drawing import ROOT, draw_example
 from sharpmask_d2 import add_sharpmask_config
 from sharpmask_d2.engine.trainer import reads_proposal_masks
 from sharpmask_d2.modeling.backbone import VGGTrunk
@@ -133,6 +134,71 @@ def test_peers_of_the_feature_pyramid_model_differ_by_their_heads_alone():
     model = build_model(mask_rcnn)
     assert {name: x.shape for name, x in model.backbone.state_dict().items()} == shapes
     assert (model.roi_heads.num_classes, mask_rcnn.TEST.DETECTIONS_PER_IMAGE) == (1, 1000)
+
+
+def mask_rcnn_R_50_FPN():
+    """Detectron2's Mask R-CNN on a ResNet-50 feature pyramid, with this package's mask head, as a `CfgNode`."""
+    cfg = get_cfg()
+    add_sharpmask_config(cfg)
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
+    cfg.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN, cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 2000, 1000
+    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 1000
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    cfg.MODEL.ROI_BOX_HEAD.NAME, cfg.MODEL.ROI_BOX_HEAD.NUM_FC = "FastRCNNConvFCHead", 2
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+    cfg.MODEL.ROI_MASK_HEAD.NAME, cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE = "SharpMaskHead", ""
+    cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK = True
+    cfg.MODEL.SHARPMASK.EMBED_DIM = 256
+    cfg.MODEL.SHARPMASK.FPN.EXTRA_LEVELS = 2
+    return cfg
+
+
+def test_the_lazy_config_of_the_mask_head_trains_and_detects_as_its_yaml_would():
+    lazy = instantiate(LazyConfig.load(str(CONFIGS / "mask_rcnn_sharpmask_head_R_50_FPN.py")).model)
+    torch.manual_seed(0)
+    model = build_model(mask_rcnn_R_50_FPN())
+    assert {name: type(part) for name, part in lazy.named_modules()} == {
+        name: type(part) for name, part in model.named_modules()
+    }
+    lazy.load_state_dict(model.state_dict())
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, p in lazy.named_parameters() if not p.requires_grad}
+    image, gt = draw_example([(20, 20, 80, 60), (3, 2, 40, 90)], (96, 128), kind="bitmap")
+    gt.gt_classes = torch.tensor([0, 79])
+    inputs = [{"image": 255 * image, "instances": gt, "height": 96, "width": 128}]
+    losses = []
+    for detector in (model.train(), lazy.train()):
+        torch.manual_seed(1)  # RPN and RoI heads sample
+        with EventStorage():
+            losses.append(detector(inputs))
+    assert losses[1].keys() >= {"loss_mask", "loss_mask_dice", "loss_mask_side", "loss_rpn_cls", "loss_cls"}
+    assert losses[0].keys() == losses[1].keys()
+    for name, loss in losses[1].items():
+        assert loss.item() == pytest.approx(losses[0][name].item(), rel=1e-4), name
+    sum(losses[1].values()).backward()
+    assert all(p.grad is not None for p in lazy.roi_heads.mask_head.parameters())
+    with torch.no_grad():
+        windows = [x.eval().roi_heads.mask_head.canonical_windows(gt.gt_boxes.tensor) for x in (model, lazy)]
+        assert torch.equal(*windows)
+        found = lazy(inputs)[0]["instances"]
+    assert found.pred_masks.shape == (len(found), 96, 128)
+
+
+def test_the_lazy_config_of_the_mask_head_has_a_whole_training():
+    cfg = LazyConfig.load(str(CONFIGS / "mask_rcnn_sharpmask_head_R_50_FPN.py"))
+    cfg.optimizer.params.model = torch.nn.Linear(2, 2)
+    optimizer = instantiate(cfg.optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.02
+    multiplier = instantiate(cfg.lr_multiplier)
+    assert [multiplier(step / cfg.train.max_iter) for step in (2000, 70000, 85000)] == [1.0, 0.1, 0.01]
+    assert instantiate(cfg.dataloader.train.mapper).use_instance_mask
+    assert cfg.dataloader.evaluator.dataset_name == cfg.dataloader.test.dataset.names == "coco_2017_val"
 
 
 def test_peers_of_the_mask_head_differ_by_the_mask_head_alone():
