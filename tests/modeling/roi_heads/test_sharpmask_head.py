@@ -222,6 +222,23 @@ def test_masks_of_a_batch_are_those_of_its_images(cfg):
 
 
 @torch.no_grad()
+def test_boxes_of_zero_size_or_outside_of_the_image_have_finite_masks(cfg):
+    head, features = head_of(cfg).eval(), features_of()
+    odd = [
+        [300.0, 300, 400, 400],
+        [-300, -300, -200, -250],
+        [10, 10, 10, 10],
+        [20, 10, 20, 60],
+        [-500, -500, 3000, 3000],
+    ]
+    (found,) = head(features, [detections([*odd, *BOXES])])
+    assert found.pred_masks.masks.logits.isfinite().all()
+    assert found.pred_masks.to_bitmasks(found.pred_boxes, *SIZE).tensor[:2].sum() == 0
+    (alone,) = head(features, [detections(BOXES)])
+    torch.testing.assert_close(found.pred_masks.masks.logits[5:], alone.pred_masks.masks.logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_per_class_masks_are_those_of_the_predicted_classes(cfg):
     cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK = False
     head, features = head_of(cfg).eval(), features_of()
