@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from ..data.coco import load_annotations
+from ..data.coco import load_annotations, load_json
 from ..data.failed_images import FailedImages
-from ..evaluation.proposal_evaluation import evaluate_proposal_json, format_table, load_json, write_json
+from ..evaluation.proposal_evaluation import evaluate_proposal_json, format_table, write_json
 from ..io.outputs import check_outputs
 from ..visualization import write_extremes
 from .command import make_parser

@@ -7,7 +7,7 @@ Shape letters:
 import logging
 import reprlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Optional
 
 import numpy as np
@@ -23,6 +23,96 @@ from ..structures.coco_masks import MaskError, check_masks
 _MIN_IOU, _MIN_SHIFT = 0.5, 2.0
 # Maximum number of boxes per image that are compared with their masks; a file in another box format fails for any of them.
 _MAX_COMPARED = 100
+
+
+class ResultChecks:
+    """Checks COCO results one by one and image by image, so that they do not have to be in memory together.
+
+    checks = ResultChecks(coco, "proposals.json")
+    for i, result in enumerate(results):
+        checks.check_entry(i, result)
+    checks.check_images()
+    for image_id in checks.counts:
+        checks.check_image(image_id, results_of_image, their_indices)
+    checks.log_warnings()
+    """
+
+    def __init__(self, coco: COCO, source: str) -> None:
+        """
+        Args:
+            coco: annotations that `data.coco.check_annotations` has passed.
+            source: what messages call the results, such as the path of the file.
+        """
+        self.source = source
+        # Whether the results have segmentations; the first result decides.
+        self.has_masks = False
+        # Number of results of each image, in the order of the file.
+        self.counts: dict[Hashable, int] = {}
+        self._coco = coco
+        self._num_results = 0
+        self._warnings = _Warnings(source)
+
+    def check_entry(self, i: int, result: Any) -> None:
+        """Check which fields a result has.
+
+        Args:
+            i: its index; results are checked in their order.
+            result: an entry of the file.
+
+        Raises:
+            UserError: it is not a dict, a field is missing, or it has a segmentation and the first result has none, or vice versa.
+        """
+        if not isinstance(result, dict):
+            raise UserError(f"{self.source} is not a COCO result file: a list of dicts is expected")
+        if not i:
+            self.has_masks = "segmentation" in result
+        missing = [key for key in ("image_id", "score") if key not in result]
+        if not missing and "bbox" not in result and "segmentation" not in result:
+            missing = ["bbox or segmentation"]
+        if missing:
+            raise UserError(f"{self.source}: result {i} has no {missing[0]}")
+        if ("segmentation" in result) != self.has_masks:
+            raise UserError(f"{self.source}: only some results have a segmentation; result {i} differs from the first")
+        image_id = result["image_id"]
+        if not isinstance(image_id, (int, str, float)):
+            raise UserError(
+                f"{self.source}: result {i} has the image_id {reprlib.repr(image_id)}, which is neither a number nor text"
+            )
+        self.counts[image_id] = self.counts.get(image_id, 0) + 1
+        self._num_results += 1
+
+    def check_images(self) -> None:
+        """Check, after all entries, that the annotations list images of the results.
+
+        Raises:
+            UserError: they list none of them.
+        """
+        unknown = [(image_id, count) for image_id, count in self.counts.items() if image_id not in self._coco.imgs]
+        if unknown and len(unknown) == len(self.counts):
+            raise UserError(
+                f"{self.source}: none of its {len(unknown)} images is in the annotations, for example image {unknown[0][0]!r} of "
+                "result 0: are these the results of another dataset?"
+            )
+        self._warnings.unknown_images = unknown
+
+    def check_image(self, image_id: Hashable, results: list[dict], numbers: list[int]) -> None:
+        """Check scores, boxes and masks of the results of one image.
+
+        Args:
+            image_id: an image that the annotations list.
+            results: all results of the image.
+            numbers: their indices among all results.
+
+        Raises:
+            UserError: a score, a box or a mask is not valid; the message names the first such result.
+        """
+        _check_image(results, numbers, image_size(self._coco, image_id), self.source, self._warnings)
+
+    def log_warnings(self) -> None:
+        """Log, after all images, what looks wrong but can be evaluated, with counts."""
+        missing = [image_id for image_id in self._coco.getImgIds() if image_id not in self.counts]
+        num_missed = sum(len(self._coco.imgToAnns[image_id]) for image_id in missing)
+        self._warnings.log(self._num_results, len(self._coco.imgs), missing, num_missed)
 
 
 def check_results(coco: COCO, results: Sequence[dict], source: str) -> bool:
@@ -42,36 +132,17 @@ def check_results(coco: COCO, results: Sequence[dict], source: str) -> bool:
     """
     if not isinstance(results, (list, tuple)) or not all(isinstance(result, dict) for result in results):
         raise UserError(f"{source} is not a COCO result file: a list of dicts is expected")
-    has_masks = bool(results) and "segmentation" in results[0]
+    checks = ResultChecks(coco, source)
     by_image = defaultdict(list)
     for i, result in enumerate(results):
-        missing = [key for key in ("image_id", "score") if key not in result]
-        if not missing and "bbox" not in result and "segmentation" not in result:
-            missing = ["bbox or segmentation"]
-        if missing:
-            raise UserError(f"{source}: result {i} has no {missing[0]}")
-        if ("segmentation" in result) != has_masks:
-            raise UserError(f"{source}: only some results have a segmentation; result {i} differs from the first")
-        if not isinstance(result["image_id"], (int, str, float)):
-            raise UserError(
-                f"{source}: result {i} has the image_id {reprlib.repr(result['image_id'])}, which is neither a number nor text"
-            )
+        checks.check_entry(i, result)
         by_image[result["image_id"]].append(i)
-    warnings = _Warnings(source)
+    checks.check_images()
     for image_id, numbers in by_image.items():
         if image_id in coco.imgs:
-            of_image = [results[i] for i in numbers]
-            _check_image(of_image, numbers, image_size(coco, image_id), source, warnings)
-        else:
-            warnings.unknown_images.append((image_id, len(numbers)))
-    if results and len(warnings.unknown_images) == len(by_image):
-        raise UserError(
-            f"{source}: none of its {len(by_image)} images is in the annotations, for example image {warnings.unknown_images[0][0]!r} of "
-            "result 0: are these the results of another dataset?"
-        )
-    missing = [image_id for image_id in coco.getImgIds() if image_id not in by_image]
-    warnings.log(len(results), len(coco.imgs), missing, sum(len(coco.imgToAnns[image_id]) for image_id in missing))
-    return has_masks
+            checks.check_image(image_id, [results[i] for i in numbers], numbers)
+    checks.log_warnings()
+    return checks.has_masks
 
 
 class _Warnings:

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Optional, Union
 
 import numpy as np
@@ -21,12 +21,13 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
-from ..data.coco import check_annotations, load_annotations, load_json
+from ..data.coco import check_annotations, load_annotations
 from ..errors import UserError
 from ..io.outputs import write_output
 from .coco_results import check_results
 from .ground_truth import BOXES, MASKS, encode_segmentations, ground_truth
 from .recall import AREA_RANGES, IOU_THRESHOLDS, PRECISION_IOUS, PROPOSAL_COUNTS, RecallAccumulator
+from .result_file import ResultFile
 
 # One flat dict of figures per kind of region: {"segm": {"AR@10": ...}, "bbox": {...}}.
 Metrics = dict[str, dict[str, float]]
@@ -131,7 +132,7 @@ class ProposalEvaluator(DatasetEvaluator):
                 f"{num_missing} of the {num_images} images of {self._dataset_name} were not processed; "
                 "their objects count as missed"
             )
-        metrics = _summarize(self._coco, recalls)
+        metrics = summarize(self._coco, recalls)
         self._logger.info(f"Proposals on {self._dataset_name}:\n{format_table(metrics)}")
         if self._output_dir is not None:
             PathManager.mkdirs(self._output_dir)
@@ -172,31 +173,52 @@ def evaluate_proposal_json(
         check_annotations(coco.dataset, "annotations")
     else:
         coco = load_annotations(annotations)
-    source = "proposals"
     if isinstance(proposals, (str, os.PathLike)):
-        source = os.fspath(proposals)
-        proposals = load_json(proposals)
-    has_masks = check_results(coco, proposals, source)
-
+        with ResultFile(proposals, coco) as file:
+            recalls = _accumulators((MASKS, BOXES) if file.has_masks else (BOXES,), max_proposals)
+            for image_id, results in file.images():
+                add_results(recalls, coco, image_id, results)
+        return summarize(coco, recalls)
+    has_masks = check_results(coco, proposals, "proposals")
     by_image = defaultdict(list)
     for result in proposals:
         by_image[result["image_id"]].append(result)
     recalls = _accumulators((MASKS, BOXES) if has_masks else (BOXES,), max_proposals)
     for image_id in coco.getImgIds():
-        if not (results := by_image.get(image_id)):
-            continue
-        scores = [result["score"] for result in results]
-        masks = encode_segmentations(coco, image_id, results, "a result") if has_masks else []
-        if has_masks:
-            recalls[MASKS].add(image_id, ground_truth(coco, image_id, MASKS), masks, scores)
-        boxes = [r["bbox"] if "bbox" in r else mask_utils.toBbox(masks[i]) for i, r in enumerate(results)]
-        boxes = np.array(boxes, dtype=np.float64)
-        recalls[BOXES].add(image_id, ground_truth(coco, image_id, BOXES), boxes, scores)
-    metrics = _summarize(coco, recalls)
+        if results := by_image.get(image_id):
+            add_results(recalls, coco, image_id, results)
+    metrics = summarize(coco, recalls)
     if precision:
         for kind, recall in recalls.items():
             metrics[kind].update(recall.summarize_precision())
     return metrics
+
+
+def add_results(
+    recalls: dict[str, RecallAccumulator], coco: COCO, image_id: Hashable, results: Sequence[dict]
+) -> list[dict]:
+    """Match the results of one image.
+
+    Args:
+        recalls: accumulators by kind of region, `BOXES` and `MASKS`; the results are added to each of them.
+        coco: annotations that `data.coco.check_annotations` has passed.
+        image_id: identifier of the image in the annotations.
+        results: all results of the image, which `coco_results.ResultChecks` has passed.
+
+    Returns:
+        The masks of the results as compressed RLE; none if `recalls` has no `MASKS`.
+
+    Raises:
+        UserError: an annotation lacks its area or the region, or a polygon has no size of an image to be drawn in.
+    """
+    scores = [result["score"] for result in results]
+    masks = encode_segmentations(coco, image_id, list(results), "a result") if MASKS in recalls else []
+    if MASKS in recalls:
+        recalls[MASKS].add(image_id, ground_truth(coco, image_id, MASKS), masks, scores)
+    boxes = [r["bbox"] if "bbox" in r else mask_utils.toBbox(masks[i]) for i, r in enumerate(results)]
+    boxes = np.array(boxes, dtype=np.float64)
+    recalls[BOXES].add(image_id, ground_truth(coco, image_id, BOXES), boxes, scores)
+    return masks
 
 
 def format_table(metrics: Metrics) -> str:
@@ -239,14 +261,22 @@ def write_json(content: Any, path: Union[str, os.PathLike]) -> None:
     Raises:
         OutputError: the file cannot be written, for example because the disk is full.
     """
-    write_output(path, json.dumps(_without_nan(content), allow_nan=False).encode())
+    write_output(path, json.dumps(without_nan(content), allow_nan=False).encode())
 
 
-def _without_nan(content: Any) -> Any:
+def without_nan(content: Any) -> Any:
+    """Replace nan, which JSON does not have.
+
+    Args:
+        content: nested dicts, lists, tuples, text and numbers.
+
+    Returns:
+        A copy in which each nan is None and each tuple is a list.
+    """
     if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
+        return {key: without_nan(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_without_nan(value) for value in content]
+        return [without_nan(value) for value in content]
     return None if isinstance(content, float) and math.isnan(content) else content
 
 
@@ -254,8 +284,19 @@ def _accumulators(kinds: Sequence[str], max_proposals: int) -> dict[str, RecallA
     return {kind: RecallAccumulator(max_proposals=max_proposals) for kind in kinds}
 
 
-def _summarize(coco: COCO, recalls: dict[str, RecallAccumulator]) -> "OrderedDict[str, dict[str, float]]":
-    """Add the images that were not evaluated, without proposals, and compute the figures."""
+def summarize(coco: COCO, recalls: dict[str, RecallAccumulator]) -> "OrderedDict[str, dict[str, float]]":
+    """Add the images that were not evaluated, without proposals, and compute the figures.
+
+    Args:
+        coco: annotations that `data.coco.check_annotations` has passed.
+        recalls: accumulators by kind of region; the images that they lack are added to them.
+
+    Returns:
+        The figures by kind of region, each as in `RecallAccumulator.summarize`.
+
+    Raises:
+        UserError: an annotation of an added image lacks its area or its region.
+    """
     metrics = OrderedDict()
     for kind, recall in recalls.items():
         nothing = np.empty((0, 4)) if kind == BOXES else []
