@@ -25,6 +25,7 @@ SUBCOMMANDS = {
     "segment": "Segments images: every object that the model finds, or the objects in given boxes.",
     "detect": "Detects objects in images, by classifying SharpMask proposals.",
     "evaluate": "Prints the average recall (AR) of proposals on an annotated dataset.",
+    "report": "Writes a report on proposals as one HTML file, with their masks and, with annotations, their recall.",
     "analyze": "Prints what the masks of proposals are like, and why objects are missed.",
     "train": "Trains or evaluates a model, with the options of Detectron2's train_net.py.",
     "convert-model": "Converts a published DeepMask or SharpMask model (.t7) into a checkpoint and its config.",

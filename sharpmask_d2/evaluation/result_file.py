@@ -4,7 +4,7 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from typing import Any, Optional, Union
 
 import numpy as np
@@ -79,6 +79,10 @@ class ResultFile:
         """Whether the results have segmentations."""
         return self._checks.has_masks
 
+    def image_ids(self) -> Collection[Hashable]:
+        """The ids of the images that the file names, in its order."""
+        return self._places.keys()
+
     def count(self, image_id: Hashable) -> int:
         """Number of results of an image, 0 for one that the file does not name."""
         return self._checks.counts.get(image_id, 0)
@@ -99,20 +103,27 @@ class ResultFile:
                 yield image_id, results
         self._checks.log_warnings()
 
-    def read(self, image_id: Hashable, best: Optional[int] = None) -> list[dict[str, Any]]:
+    def scores(self, image_id: Hashable) -> np.ndarray:
+        """Scores of the results of an image, sorted; the highest is first, and equal ones are in the order of the file."""
+        scores = np.array(self._places[image_id].scores if image_id in self._places else [])
+        return scores[np.argsort(-scores, kind="stable")]
+
+    def read(self, image_id: Hashable, ranks: Optional[Iterable[int]] = None) -> list[dict[str, Any]]:
         """Read results of one image, without checks.
 
         Args:
             image_id: identifier of the image.
-            best: maximum number of results, those of highest score, best first. Default: None, all results in the order of the file.
+            ranks: which results, by descending score from 0; results of equal score keep their order. Default: None, all results in the
+                order of the file.
 
         Returns:
             The results.
         """
         places = self._places.get(image_id, _Places())
-        chosen = range(len(places.numbers))
-        if best is not None:
-            chosen = np.argsort(-np.array(places.scores), kind="stable")[:best].tolist()
+        chosen: Iterable[int] = range(len(places.numbers))
+        if ranks is not None:
+            order = np.argsort(-np.array(places.scores), kind="stable")
+            chosen = [order[rank] for rank in ranks]
         results = []
         for i in chosen:
             self._file.seek(places.offsets[i])

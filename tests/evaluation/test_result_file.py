@@ -43,9 +43,13 @@ def test_images_have_all_their_results_in_the_order_of_the_file(dataset, tmp_pat
             expected = [result for result in results if result["image_id"] == image_id]
             assert of_image == expected
             assert file.count(image_id) == len(expected)
-            assert file.read(image_id, 2) == sorted(expected, key=lambda result: -result["score"])[:2]
+            by_score = sorted(expected, key=lambda result: -result["score"])
+            assert file.scores(image_id).tolist() == [result["score"] for result in by_score]
+            assert file.read(image_id, [2, 0]) == [by_score[2], by_score[0]]
         assert file.count(2) == 0
         assert file.read(2) == []
+        assert not len(file.scores(2))
+        assert set(file.image_ids()) == {1, 3, 4}
 
 
 def test_a_file_is_evaluated_as_its_list_is(dataset, tmp_path):
