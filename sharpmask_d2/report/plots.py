@@ -141,14 +141,8 @@ def write_plots(rows: Sequence[PlotRow], names: Sequence[str], folder: Path) -> 
             for axes, area in zip(all_axes, AREA_RANGES):
                 _draw(axes, row, area, ink="black", grid="#dddddd")
             handles = all_axes[0].get_lines()
-            figure.legend(
-                handles,
-                [_plain(name) for name in names],
-                loc="outside lower center",
-                ncols=len(names),
-                frameon=False,
-                handlelength=4,
-            )
+            labels = [_plain(name) for name in names]
+            figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False, handlelength=4)
             figure.suptitle(row.title, fontsize=11)
             figure.tight_layout(rect=(0, 0.08, 1, 1))
             for suffix in ("png", "svg"):

@@ -460,9 +460,9 @@ def _miss_note(misses: Sequence[Miss], rows: Sequence[dict[str, Any]], limit: in
 
 
 def _worst_note(num_shown: int, total: int, num_files: int) -> str:
-    mean = ", in the mean over the files" if num_files > 1 else ""
+    mean = " (mean over the files)" if num_files > 1 else ""
     return (
-        f"The overlap of an image is the mean over its objects of the highest IoU with one of the first {OVERLAP_COUNT} proposals. The "
-        f"{num_shown} of {total:,} images with the lowest overlap{mean} follow, worst first. Dashed outlines show the objects, and "
-        "coloured masks the best proposal of each object."
+        f"The overlap of an image is the mean over its objects of the highest IoU with one of the first {OVERLAP_COUNT} proposals. "
+        f"Of {total:,} images with objects, the {num_shown} with the lowest overlap{mean} follow; the worst is first. "
+        "Dashed outlines show the objects, and coloured masks the best proposal of each object."
     )

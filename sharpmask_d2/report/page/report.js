@@ -4,6 +4,8 @@
   const COLORS = ["#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"];
   const PAGE = 24;
   const FILL = 0.42;
+  // Objects of fewer pixels of the picture have thin outlines.
+  const THIN = 1500;
   const report = read("report");
   const names = report.names;
   const several = names.length > 1;
@@ -55,17 +57,16 @@
     return sum;
   }
 
-  /** Calls `visit(x, y)` for the pixels of a mask that are at most two pixels away from a pixel outside it. */
-  function outline(bitmap, width, height, visit) {
+  /** Calls `visit(x, y)` for the pixels of a mask that are at most `thick` pixels (1 or 2) away from a pixel outside it. */
+  function outline(bitmap, width, height, thick, visit) {
     for (let x = 0; x < width; x++) {
       for (let y = 0; y < height; y++) {
         const i = x * height + y;
         if (!bitmap[i]) continue;
-        if (
-          x < 2 || y < 2 || x >= width - 2 || y >= height - 2 ||
-          !bitmap[i - 1] || !bitmap[i + 1] || !bitmap[i - height] || !bitmap[i + height] ||
-          !bitmap[i - 2] || !bitmap[i + 2] || !bitmap[i - 2 * height] || !bitmap[i + 2 * height]
-        ) visit(x, y);
+        const near = (d) =>
+          x < d || y < d || x >= width - d || y >= height - d ||
+          !bitmap[i - d] || !bitmap[i + d] || !bitmap[i - d * height] || !bitmap[i + d * height];
+        if (near(1) || (thick > 1 && near(2))) visit(x, y);
       }
     }
   }
@@ -100,10 +101,11 @@
     const dot = (x, y, [r, g, b]) => pixels.set([r, g, b, 255], 4 * (y * width + x));
     for (const { bitmap, color } of ordered) {
       const value = rgb(color);
-      outline(bitmap, width, height, (x, y) => dot(x, y, value));
+      outline(bitmap, width, height, 2, (x, y) => dot(x, y, value));
     }
     for (const bitmap of objects) {
-      outline(bitmap, width, height, (x, y) => dot(x, y, ((x + y) >> 2) & 1 ? [255, 255, 255] : [0, 0, 0]));
+      const thick = area(bitmap) < THIN ? 1 : 2;
+      outline(bitmap, width, height, thick, (x, y) => dot(x, y, ((x + y) >> 2) & 1 ? [255, 255, 255] : [0, 0, 0]));
     }
     context.putImageData(image, 0, 0);
     if (!labelled) return;
@@ -364,7 +366,7 @@
     const touch = window.matchMedia("(hover: none)").matches;
     const state = {
       page: 0, text: "", lowest: -Infinity, masks: Math.min(10, report.gallery.masks), order: "", file: 0,
-      objects: false, draw: touch || kind !== "gallery" ? "always" : "hover", count: 0, by: "any", size: "",
+      objects: false, draw: touch || kind === "misses" ? "always" : "hover", count: 0, by: "any", size: "",
     };
     const status = make("p", { className: "status", role: "status" });
     const cards = make("ul", { className: kinds[kind].small ? "cards small" : "cards" });
