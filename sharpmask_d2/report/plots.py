@@ -98,7 +98,7 @@ def draw_svg(row: PlotRow, area: str) -> str:
     with matplotlib.rc_context(_RC):
         axes = figure.add_subplot()
         _draw(axes, row, area, ink=_INK, grid=_GRID)
-        figure.tight_layout(pad=0.3)
+        figure.subplots_adjust(left=0.15, right=0.96, bottom=0.17, top=0.91)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
@@ -142,9 +142,9 @@ def write_plots(rows: Sequence[PlotRow], names: Sequence[str], folder: Path) -> 
                 _draw(axes, row, area, ink="black", grid="#dddddd")
             handles = all_axes[0].get_lines()
             labels = [_plain(name) for name in names]
-            figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False, handlelength=4)
+            figure.legend(handles, labels, loc="lower center", ncols=len(names), frameon=False, handlelength=4)
             figure.suptitle(row.title, fontsize=11)
-            figure.tight_layout(rect=(0, 0.08, 1, 1))
+            figure.subplots_adjust(left=0.05, right=0.99, bottom=0.24, top=0.82, wspace=0.18)
             for suffix in ("png", "svg"):
                 content = io.BytesIO()
                 metadata = {"Date": None} if suffix == "svg" else None
@@ -175,7 +175,7 @@ def _draw(axes: Any, row: PlotRow, area: str, *, ink: str, grid: str) -> None:
     if row.log:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set_ylim(0, row.top())
     axes.grid(color=grid, linewidth=0.6)
     axes.tick_params(which="both", colors=ink)
