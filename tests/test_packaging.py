@@ -134,6 +134,11 @@ def test_the_wheel_has_every_config_and_nothing_that_is_not_the_package(installe
         return {path.relative_to(folder) for kind in ("*.yaml", "*.py") for path in folder.rglob(kind)}
 
     assert configs(installed.site / "sharpmask_d2/model_zoo/configs") == configs(ROOT / "configs")
+    assert {path.suffix for path in (installed.site / "sharpmask_d2/report/page").iterdir()} >= {
+        ".css",
+        ".jinja",
+        ".js",
+    }
     names = {path.name for path in installed.site.iterdir()} - {"libraries.pth", "__pycache__"}
     assert names == {"sharpmask_d2", "sharpmask_command.py", f"sharpmask_d2-{sharpmask_d2.__version__}.dist-info"}
 
