@@ -141,9 +141,12 @@ def test_larger_images_are_sampled_at_the_centres_of_pixels(dataset, files, tmp_
     item = page.data["gallery-0"]
     assert (item["h"], item["w"]) == (48, 64)
     results = [result for result in json.loads(files[0].read_text()) if result["image_id"] == 1]
-    best = mask_utils.decode(max(results, key=lambda result: result["score"])["segmentation"])
-    expected = [[best[int((y + 0.5) * 2.5), int((x + 0.5) * 2.5)] for x in range(64)] for y in range(48)]
-    assert (decode(item, item["sets"][0][0][1]) == np.array(expected)).all()
+    results.sort(key=lambda result: -result["score"])
+    assert len(results) == len(item["sets"][0])
+    for (_, counts), result in zip(item["sets"][0], results):
+        mask = mask_utils.decode(result["segmentation"])
+        expected = [[mask[int((y + 0.5) * 2.5), int((x + 0.5) * 2.5)] for x in range(64)] for y in range(48)]
+        assert (decode(item, counts) == np.array(expected)).all()
 
 
 def test_missed_objects_are_counted_and_shown(compared):
