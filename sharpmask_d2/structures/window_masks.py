@@ -17,13 +17,13 @@ import numbers
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Union
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes
 
 from .rle import Runs, boxes_and_areas, encode_runs, fill_positions, fill_runs
+from .tight_masks import TightMask
 
 __all__ = ["WindowMasks"]
 
@@ -304,11 +304,8 @@ class WindowMasks:
         Raises:
             ValueError: the tolerance is negative or not finite.
         """
-        if not 0 <= tolerance < math.inf:
-            raise ValueError(f"tolerance must be 0 or more pixels, got {tolerance}")
         return [
-            [(outline + corner).ravel().tolist() for outline in _outlines(bitmap, tolerance)]
-            for corner, bitmap in self._tight_bitmaps()
+            [outline.ravel().tolist() for outline in mask.polygons(tolerance=tolerance)] for mask in self.tight_masks()
         ]
 
     def crops(self, image: np.ndarray) -> list[np.ndarray]:
@@ -327,16 +324,27 @@ class WindowMasks:
         if image.shape != (*self.image_size, 3):
             raise ValueError(f"the image must have the shape {(*self.image_size, 3)}, got {image.shape}")
         crops = []
-        for (x, y), bitmap in self._tight_bitmaps():
-            colours = image[y : y + bitmap.shape[0], x : x + bitmap.shape[1]]
-            crops.append(np.dstack([colours, bitmap.astype(np.uint8) * 255]))
+        for mask in self.tight_masks():
+            x0, y0, x1, y1 = mask.box
+            crops.append(np.dstack([image[y0:y1, x0:x1], mask.bitmap.astype(np.uint8) * 255]))
         return crops
 
-    def _tight_bitmaps(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """For each mask, the corner (x, y) of its tight box in pixels, and its bitmap (h, w) bool within the box."""
-        boxes = self.boxes().tensor.long().cpu().numpy()
-        for i, (x0, y0, x1, y1) in enumerate(boxes):
-            yield boxes[i, :2], self.paste(i)[0, y0:y1, x0:x1].cpu().numpy()
+    def tight_masks(self) -> Iterator[TightMask]:
+        """Bitmaps of the masks within their tight boxes, one mask at a time. No bitmap of the whole image is made."""
+        runs, height = self._runs(), self.image_size[0]
+        boxes = boxes_and_areas(runs, height)[0].long().tolist()
+        starts, ends = runs.starts.cpu().numpy(), runs.ends.cpu().numpy()
+        stop = 0
+        for (x0, y0, x1, y1), count in zip(boxes, runs.per_mask.tolist()):
+            own = slice(stop, stop + count)
+            stop += count
+            # In columns of the box instead of columns of the image.
+            shift = starts[own] // height * (height - (y1 - y0)) + x0 * (y1 - y0) + y0
+            steps = np.zeros((x1 - x0) * (y1 - y0) + 1, dtype=np.int8)
+            np.add.at(steps, starts[own] - shift, 1)
+            np.add.at(steps, ends[own] - shift, -1)  # touching runs cancel
+            filled = steps[:-1].cumsum(dtype=np.int8).astype(bool)
+            yield TightMask(x0, y0, filled.reshape(x1 - x0, y1 - y0).T)
 
 
 def _interpolate(logits: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -353,20 +361,6 @@ def _interpolate(logits: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torc
     return F.grid_sample(
         logits[:, None], places.to(logits.dtype), mode="bilinear", padding_mode="border", align_corners=False
     )[:, 0]
-
-
-def _outlines(bitmap: np.ndarray, tolerance: float) -> list[np.ndarray]:
-    """The outer outlines of a bitmap (h, w) bool: arrays (P, 2) of x, y in pixels of the bitmap."""
-    if not bitmap.size:
-        return []
-    # OpenCV's outlines run through the centres of pixels. In an image twice as large they run a quarter of a pixel inside the true outline,
-    # so that the centres of all pixels stay within them.
-    doubled = np.kron(bitmap.astype(np.uint8), np.ones((2, 2), np.uint8))
-    found = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[-2]
-    outlines = [cv2.approxPolyDP(outline, 2 * tolerance, True)[:, 0] for outline in found]
-    # A part of one pixel, or a thin one, may lose its corners to the tolerance.
-    outlines = [short if len(short) > 2 else full[:, 0] for short, full in zip(outlines, found)]
-    return [outline / 2 + 0.25 for outline in outlines]
 
 
 class _Parts(NamedTuple):
