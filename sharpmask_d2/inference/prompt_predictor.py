@@ -134,6 +134,11 @@ class SharpMaskPredictor:
         groups = [rows * columns for rows, columns in features.sizes for _ in geometry.window_cells]
         self._image = _Encoded(features, pixels.shape[:2], tuple(inputs["image"].shape[1:]), windows, groups)
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the image that was set, in pixels. A UserError says that none is set."""
+        return self._encoded().size
+
     def reset_image(self) -> None:
         """Forgets the image."""
         self._image = None

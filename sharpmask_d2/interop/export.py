@@ -12,6 +12,7 @@ import yaml
 from ..errors import UserError
 from ..io.outputs import check_outputs, write_output
 from .coco import coco_dataset
+from .cvat_files import cvat_annotations
 from .label_maps import label_map
 from .labelled_images import LabelledImage, LabelledImages, read_labelled_images
 from .labelme import labelme_file
@@ -43,6 +44,10 @@ def _coco(everything: LabelledImages, _: LabelledImages, path: Path, options: _O
     return _write_json(coco_dataset(everything, shape=options.shape))
 
 
+def _cvat(everything: LabelledImages, _: LabelledImages, path: Path, options: _Options) -> bytes:
+    return cvat_annotations(everything, shape=options.shape)
+
+
 def _labelme(image: LabelledImage, everything: LabelledImages, path: Path, options: _Options) -> bytes:
     image_path = PurePosixPath(image.file_name).name
     if options.image_root is not None:
@@ -64,6 +69,7 @@ def _png(image: LabelledImage, everything: LabelledImages, path: Path, options: 
 
 _FORMATS = {
     "coco": _Format(("mask", "polygon", "box"), None, _coco),
+    "cvat": _Format(("mask", "polygon", "box"), None, _cvat),
     "labelme": _Format(("mask", "polygon", "box"), ".json", _labelme),
     "yolo": _Format(("polygon", "box"), ".txt", _yolo, "labels"),
     "png": _Format(("mask",), ".png", _png),

@@ -1,9 +1,6 @@
 """labelme and supervision read the JSON files that are written for labelme."""
 
-import importlib.util
 import json
-import sys
-import types
 
 import cv2
 import numpy as np
@@ -23,59 +20,40 @@ def export(drawn, output, **options):
 
 
 @pytest.fixture(scope="module")
-def labelme_modules():
-    """labelme's reader of files and its functions for masks, without the user interface, which needs Qt."""
-    found = importlib.util.find_spec("labelme")
-    if found is None:
-        pytest.skip("labelme is not installed")
-    added = {name: sys.modules.get(name) for name in ("labelme", "labelme._label_file", "labelme.utils")}
-    package = types.ModuleType("labelme")
-    package.__path__, package.__version__ = list(found.submodule_search_locations), "0"
-    sys.modules["labelme"] = package
-    pytest.importorskip("loguru", reason="labelme's reader needs loguru")
-    reader = pytest.importorskip("labelme._label_file", reason="labelme 6 has this reader")
-    yield reader, importlib.import_module("labelme.utils.shape")
-    for name, module in added.items():
-        sys.modules.pop(name, None)
-        if module is not None:
-            sys.modules[name] = module
+def labelme():
+    return pytest.importorskip("labelme", minversion="6.3", reason="labelme reads its files")
 
 
-def shapes_as_masks(modules, path, size) -> list:
-    reader, utils = modules
-    labels = reader.LabelFile(str(path))
-    masks = []
-    for shape in labels.shapes:
-        _, instances = utils.shapes_to_label(size, [shape], {"object": 1})
-        masks.append(instances > 0)
-    return masks
+def shapes_as_masks(labelme, path, size) -> list:
+    shapes = labelme.LabelFile(str(path)).shapes
+    return [labelme.utils.shapes_to_label(size, [shape], {"object": 1})[1] > 0 for shape in shapes]
 
 
-def test_labelme_reads_the_masks(labelme_modules, drawn, tmp_path):
+def test_labelme_reads_the_masks(labelme, drawn, tmp_path):
     export(drawn, tmp_path / "o")
-    found = shapes_as_masks(labelme_modules, tmp_path / "o/1.json", drawn.bitmaps[0].shape)
+    found = shapes_as_masks(labelme, tmp_path / "o/1.json", drawn.bitmaps[0].shape)
     assert np.array_equal(found, drawn.bitmaps)
-    labels = labelme_modules[0].LabelFile(str(tmp_path / "o/sub/2.json"))
+    labels = labelme.LabelFile(str(tmp_path / "o/sub/2.json"))
     # The image beside which the file was not written.
     image = cv2.imdecode(np.frombuffer(labels.image_data, np.uint8), cv2.IMREAD_COLOR)
     assert np.array_equal(image, cv2.imread(str(drawn.image_root / "sub/2.jpg")))
     assert [shape["description"] for shape in labels.shapes] == ["0.400"]
-    assert labelme_modules[0].LabelFile(str(tmp_path / "o/3.json")).shapes == []
+    assert labelme.LabelFile(str(tmp_path / "o/3.json")).shapes == []
 
 
-def test_labelme_reads_the_polygons(labelme_modules, drawn, tmp_path):
+def test_labelme_reads_the_polygons(labelme, drawn, tmp_path):
     export(drawn, tmp_path / "o", shape="polygon")
     content = json.loads((tmp_path / "o/1.json").read_text())
-    masks = shapes_as_masks(labelme_modules, tmp_path / "o/1.json", drawn.bitmaps[0].shape)
+    masks = shapes_as_masks(labelme, tmp_path / "o/1.json", drawn.bitmaps[0].shape)
     for number, bitmap in enumerate(drawn.bitmaps, start=1):
         parts = [mask for mask, shape in zip(masks, content["shapes"]) if shape["group_id"] == number]
         assert len(parts) == (2 if number == 3 else 1)
         assert differ_within(fill_holes(bitmap), np.any(parts, axis=0), 1)
 
 
-def test_labelme_reads_the_boxes(labelme_modules, drawn, tmp_path):
+def test_labelme_reads_the_boxes(labelme, drawn, tmp_path):
     export(drawn, tmp_path / "o", shape="box")
-    (disc, *_) = shapes_as_masks(labelme_modules, tmp_path / "o/1.json", drawn.bitmaps[0].shape)
+    (disc, *_) = shapes_as_masks(labelme, tmp_path / "o/1.json", drawn.bitmaps[0].shape)
     assert disc[8:33, 18:43].all()
 
 
