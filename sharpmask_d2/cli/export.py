@@ -39,6 +39,11 @@ def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         choices=SHAPES,
         help="mask, polygon (without holes) or box; default: mask, and polygon for yolo, which has no masks",
     )
+    parser.add_argument(
+        "--image-url",
+        metavar="URL",
+        help="start of the URLs of the images in label-studio, before their file names; default: the local storage",
+    )
     return parser.parse_args(argv)
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Optional
+from urllib.parse import quote
 
 import cv2
 import yaml
@@ -14,6 +15,7 @@ from ..io.outputs import check_outputs, write_output
 from .coco import coco_dataset
 from .cvat_files import cvat_annotations
 from .label_maps import label_map
+from .label_studio import label_studio_task, labelling_interface
 from .labelled_images import LabelledImage, LabelledImages, read_labelled_images
 from .labelme import labelme_file
 from .yolo import yolo_dataset, yolo_labels
@@ -25,6 +27,7 @@ class _Options(NamedTuple):
     output: Path
     shape: str
     image_root: Optional[str]
+    image_url: Optional[str]
 
 
 class _Format(NamedTuple):
@@ -55,6 +58,15 @@ def _labelme(image: LabelledImage, everything: LabelledImages, path: Path, optio
     return _write_json(labelme_file(image, everything.labels, image_path=image_path, shape=options.shape))
 
 
+def _label_studio(everything: LabelledImages, _: LabelledImages, path: Path, options: _Options) -> bytes:
+    start = options.image_url
+    tasks = []
+    for image in everything.images:
+        url = None if start is None else start + quote(image.file_name)
+        tasks.append(label_studio_task(image, everything.labels, shape=options.shape, image_url=url))
+    return _write_json(tasks)
+
+
 def _yolo(image: LabelledImage, everything: LabelledImages, path: Path, options: _Options) -> bytes:
     classes = {category_id: number for number, category_id in enumerate(everything.labels)}
     return yolo_labels(image, classes, shape=options.shape).encode()
@@ -71,6 +83,7 @@ _FORMATS = {
     "coco": _Format(("mask", "polygon", "box"), None, _coco),
     "cvat": _Format(("mask", "polygon", "box"), None, _cvat),
     "labelme": _Format(("mask", "polygon", "box"), ".json", _labelme),
+    "label-studio": _Format(("mask", "polygon", "box"), None, _label_studio),
     "yolo": _Format(("polygon", "box"), ".txt", _yolo, "labels"),
     "png": _Format(("mask",), ".png", _png),
 }
@@ -89,6 +102,7 @@ def export_masks(
     min_score: Optional[float] = None,
     label: Optional[str] = None,
     shape: Optional[str] = None,
+    image_url: Optional[str] = None,
 ) -> None:
     """Writes the masks of a COCO file in another format, and prints what was written.
 
@@ -99,6 +113,8 @@ def export_masks(
         annotations, image_root, keep, min_score, label: see `read_labelled_images`. With `image_root`, the files of labelme name the images
             in this folder; without it, they have to be put beside their images.
         shape: "mask", "polygon" or "box". None takes what keeps most of a mask in this format.
+        image_url: start of the URLs of the images, read for label-studio only; the file name follows. None takes the local storage of Label
+            Studio.
 
     Raises:
         FileNotFoundError: an input does not exist.
@@ -114,7 +130,7 @@ def export_masks(
     content = read_labelled_images(
         proposals, annotations=annotations, image_root=image_root, keep=keep, min_score=min_score, label=label
     )
-    options = _Options(Path(output), shape, image_root)
+    options = _Options(Path(output), shape, image_root, image_url)
     files = dict(_files(content, form, options, annotations or proposals))
     images = [] if image_root is None else [Path(image_root, image.file_name) for image in content.images]
     check_outputs({option: path for option, (path, _) in files.items()}, inputs=[proposals, annotations, *images])
@@ -124,6 +140,8 @@ def export_masks(
         write_output(options.output / "data.yaml", yaml.safe_dump(yolo_dataset(content.labels)).encode())
     count = sum(len(image.masks) for image in content.images)
     print(f"wrote {count} masks of {len(content.images)} images: {output}")
+    if to == "label-studio":
+        print(f"labelling interface of the project: {labelling_interface(content.labels, shape=shape)}")
 
 
 def _files(
