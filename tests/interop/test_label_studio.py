@@ -38,6 +38,33 @@ def test_masks_are_encoded_as_by_label_studio(brush):
         assert np.array_equal(decoded, bitmap * 255)
 
 
+def decode_brush(encoded: list) -> np.ndarray:
+    """The values of a brush's RLE, by the format's description: https://thi.ng/rle-pack."""
+    bits = "".join(f"{byte:08b}" for byte in encoded)
+    place = 0
+
+    def read(size: int) -> int:
+        nonlocal place
+        place += size
+        return int(bits[place - size : place], 2)
+
+    total, word = read(32), read(5) + 1
+    sizes = [read(4) + 1 for _ in range(4)]
+    values = []
+    while len(values) < total:
+        repeats = read(1)
+        length = read(sizes[read(2)]) + 1
+        values += [read(word)] * length if repeats else [read(word) for _ in range(length)]
+    assert len(bits) - place <= 8
+    return np.array(values, np.uint8)
+
+
+def test_masks_are_decoded_as_the_format_says():
+    for bitmap in [*draw_masks(), np.ones((200, 300), bool)]:
+        decoded = decode_brush(encode_brush(TightMask.from_bitmap(bitmap), bitmap.shape))
+        assert np.array_equal(decoded.reshape(*bitmap.shape, 4), np.repeat(bitmap[..., None], 4, axis=2) * 255)
+
+
 def test_label_studio_reads_the_masks(brush, interfaces, tmp_path, capsys):
     drawn = write_files(tmp_path)
     tasks = export(drawn, tmp_path / "o.json")

@@ -1,11 +1,14 @@
 """labelme and supervision read the JSON files that are written for labelme."""
 
+import base64
+import io
 import json
 
 import cv2
 import numpy as np
 import pytest
 from labelled import differ_within, fill_holes, write_files
+from PIL import Image
 from sharpmask_d2.interop.export import export_masks
 
 
@@ -39,6 +42,17 @@ def test_labelme_reads_the_masks(labelme, drawn, tmp_path):
     assert np.array_equal(image, cv2.imread(str(drawn.image_root / "sub/2.jpg")))
     assert [shape["description"] for shape in labels.shapes] == ["0.400"]
     assert labelme.LabelFile(str(tmp_path / "o/3.json")).shapes == []
+
+
+def test_masks_are_png_files_of_their_boxes(drawn, tmp_path):
+    export(drawn, tmp_path / "o")
+    content = json.loads((tmp_path / "o/1.json").read_text())
+    assert (content["imageHeight"], content["imageWidth"]) == drawn.bitmaps[0].shape
+    for shape, bitmap in zip(content["shapes"], drawn.bitmaps):
+        (x0, y0), (x1, y1) = shape["points"]
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(shape["mask"]))))
+        assert np.array_equal(pixels > 0, bitmap[y0 : y1 + 1, x0 : x1 + 1])
+        assert np.count_nonzero(pixels) == bitmap.sum()
 
 
 def test_labelme_reads_the_polygons(labelme, drawn, tmp_path):
