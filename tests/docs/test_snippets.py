@@ -1,5 +1,6 @@
 """The Python snippets of the documents run as they are printed."""
 
+import json
 import re
 from pathlib import Path
 
@@ -69,6 +70,16 @@ def test_prompts(folder):
     assert len(names["crops"]) == len(names["polygons"]) == 2
     # The disc.
     assert names["masks"][0, 0, 60, 80]
+
+
+def test_labelling(folder):
+    pytest.importorskip("supervision", reason="the page shows masks as detections of supervision")
+    rle = {"size": [120, 160], "counts": "0`1`fb0"}  # the first 48 pixels of the first column
+    results = [{"image_id": 1, "file_name": "a.jpg", "category_id": 1, "score": 0.9, "segmentation": rle}]
+    Path("masks.json").write_text(json.dumps(results))
+    names = run(snippets("docs/labelling.md"), "docs/labelling.md")
+    assert len(names["detections"]) == 20
+    assert names["found"][0].xyxy.tolist() == [[0, 0, 1, 48]]
 
 
 def test_script_with_an_own_dataset(datasets, folder):
