@@ -65,9 +65,9 @@ class SharpMaskBackend(_LabelStudioMLBase):
             kwargs: further entries of Label Studio's request, not read.
 
         Returns:
-            One prediction per task. Its results are of the first kind that the labelling interface has: BrushLabels, PolygonLabels or
-            RectangleLabels. A mask of the whole image has the label "object", or the first label if there is none of this name; the mask
-            of a prompt has the label of the prompt.
+            One prediction per task. Its results are brushes if the labelling interface has BrushLabels, else polygons for PolygonLabels,
+            else boxes for RectangleLabels. A mask of the whole image has the label "object", or the first label if there is none of this
+            name; the mask of a prompt has the label of the prompt.
 
         Raises:
             UserError: the labelling interface has no such tag, an image cannot be read, or the model takes no prompts.
