@@ -28,6 +28,7 @@ SUBCOMMANDS = {
     "evaluate": "Prints the average recall (AR) of proposals on an annotated dataset.",
     "report": "Writes a report on proposals as one HTML file, with their masks and, with annotations, their recall.",
     "analyze": "Prints what the masks of proposals are like, and why objects are missed.",
+    "app": "Opens a page in the browser that shows the masks of photographs.",
     "train": "Trains or evaluates a model, with the options of Detectron2's train_net.py.",
     "convert-model": "Converts a published DeepMask or SharpMask model (.t7) into a checkpoint and its config.",
     "convert-proposals": "Converts published proposals (.json, .t7) into COCO result JSON.",
