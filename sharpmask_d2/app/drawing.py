@@ -80,7 +80,11 @@ def _drawn(mask: Mask, number: int) -> dict[str, Any]:
 
 def _message(session: Session, count: int, prompt: Optional[Prompt]) -> str:
     if session.mode == EVERYTHING:
-        return f"{count} of {len(session.everything())} masks are shown." if count else "No mask has this score: lower the score."
+        return (
+            f"{count} of {len(session.everything())} masks are shown."
+            if count
+            else "No mask has this score: lower the score."
+        )
     what = "Click a point in the photograph" if session.mode == POINT else "Drag a box in the photograph"
     kept = f" {len(session.kept)} masks are kept." if session.kept else ""
     return (f"Mask of the {prompt.kind}." if prompt else f"{what}, or type its pixels.") + kept

@@ -42,8 +42,12 @@ class Limits(NamedTuple):
 
 def theme() -> gr.Theme:
     """A theme with the fonts of the user's system: the fonts of Gradio's themes are fetched from the internet."""
-    return gr.themes.Default(
-        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    return gr.themes.Default(primary_hue="blue", **fonts).set(
+        # Darker than Gradio's, for the contrast of text.
+        color_accent="*primary_700",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
     )
 
 
@@ -97,12 +101,12 @@ def build_page(
                         find_box = gr.Button("Find the mask of the box", variant="primary")
                 choice = gr.Radio([], label="Mask of the prompt", visible=False, elem_id="choice")
                 with gr.Row(visible=False) as keeping:
-                    keep = gr.Button("Keep this mask", size="sm")
-                    clear = gr.Button("Remove all", size="sm")
+                    keep = gr.Button("Keep this mask", size="sm", min_width=130)
+                    clear = gr.Button("Remove all", size="sm", min_width=130)
                 chosen_model = gr.Dropdown(list(models), value=model, label="Model", filterable=False, elem_id="model")
                 gr.Markdown("**Download the masks that are shown**")
                 with gr.Row():
-                    buttons = [gr.Button(name, size="sm", min_width=180) for name in FORMATS.values()]
+                    buttons = [gr.Button(name, size="sm", min_width=150) for name in FORMATS.values()]
                 saved = gr.HTML(
                     value={}, html_template='<p role="status"></p>', js_on_load=_static("download.js"), elem_id="saved"
                 )
@@ -111,7 +115,7 @@ def build_page(
         start.upload(handlers.upload, [*shown, chosen_model], outputs, **_EVENT)
         start.example(handlers.example, [*shown, chosen_model], outputs, **_EVENT)
         for tab, mode in ((everything_tab, EVERYTHING), (point_tab, POINT), (box_tab, BOX)):
-            tab.select(partial(handlers.set_mode, mode), shown, outputs, show_progress="minimal", **_EVENT)
+            tab.select(partial(handlers.set_mode, mode), shown, outputs, show_progress="hidden", **_EVENT)
         for slider in (count, score):
             slider.input(handlers.show, shown, outputs, trigger_mode="always_last", show_progress="hidden", **_EVENT)
         viewer.point(handlers.click, shown, [*outputs, *xy], **_EVENT)
@@ -188,7 +192,13 @@ class Handlers:
 
     def set_model(self, token: str, count: int, score: float, model: str) -> list[Any]:
         """Changes the model."""
-        return self._run(token, count, score, lambda session: session.set_model(model), optional=True)
+
+        def work(session: Session) -> None:
+            session.set_model(model)
+            if session.photograph is not None:
+                session.everything()
+
+        return self._run(token, count, score, work, optional=True)
 
     def ask(self, kind: str, token: str, count: int, score: float, *values: Optional[float]) -> list[Any]:
         """Finds the masks of a point or a box that was typed."""
@@ -240,6 +250,8 @@ class Handlers:
     def _open(self, session: Session, photograph: Photograph, model: str) -> None:
         session.set_model(model)
         session.open(photograph)
+        # In every mode, so that a change of the mode never waits.
+        session.everything()
 
     def _run(
         self,
@@ -261,7 +273,11 @@ class Handlers:
         prompt = session.prompt if session.mode != EVERYTHING else None
         return [
             view(session, masks),
-            gr.Radio(choices(prompt), value=prompt.chosen if prompt else None, visible=prompt is not None),
+            gr.Radio(
+                choices(prompt),
+                value=prompt.chosen if prompt else None,
+                visible=prompt is not None and len(prompt.masks) > 1,
+            ),
             gr.Row(visible=session.mode != EVERYTHING and bool(prompt or session.kept)),
         ]
 

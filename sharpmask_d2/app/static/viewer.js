@@ -23,7 +23,11 @@ function describe(mask) {
 function light(number) {
   const mask = view.masks.find((one) => one.number === number);
   drawing.classList.toggle("lit", Boolean(mask));
-  for (const node of drawing.querySelectorAll(".mask")) node.classList.toggle("on", Number(node.dataset.number) === number);
+  for (const node of drawing.querySelectorAll(".mask, .tag")) node.classList.toggle("on", Number(node.dataset.number) === number);
+  for (const tag of drawing.querySelectorAll(".tag")) {
+    const on = mask && tag.classList.contains("on");
+    tag.textContent = on ? mask.number + " · " + mask.score.toFixed(2) : tag.dataset.number;
+  }
   for (const node of legend.children) {
     const on = Number(node.dataset.number) === number;
     node.classList.toggle("on", on);
@@ -66,7 +70,7 @@ function draw() {
     drawing.append(group);
   }
   for (const mask of view.masks) {
-    const tag = make("text", { class: "tag", x: mask.x, y: mask.y }, String(mask.number));
+    const tag = make("text", { class: "tag", "data-number": mask.number, x: mask.x, y: mask.y }, String(mask.number));
     drawing.append(tag);
     legend.append(entry(mask));
   }
