@@ -31,13 +31,11 @@ _GET = (
     "/favicon.ico",
     "/assets/",
     "/static/",
-    "/svelte/",
     "/photograph/",
     "/gradio_api/queue/data",
     "/gradio_api/heartbeat/",
-    "/gradio_api/startup-events",
 )
-_POST = ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
+_POST = ("/gradio_api/queue/join", "/gradio_api/cancel")
 # Gradio builds functions from text, hence 'unsafe-eval'. Nothing is loaded from, or sent to, another server.
 _HEADERS = {
     b"content-security-policy": b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
