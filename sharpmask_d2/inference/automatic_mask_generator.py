@@ -184,13 +184,17 @@ def remove_small_regions(bitmap: np.ndarray, area: int) -> np.ndarray:
         (H, W) bool; a new array.
     """
     bitmap = bitmap.copy()
-    if area <= 0:
+    rows, columns = np.flatnonzero(bitmap.any(1)), np.flatnonzero(bitmap.any(0))
+    if area <= 0 or not rows.size:
         return bitmap
+    # With this margin, the background around the mask is not small within the part either.
+    low = max(rows[0] - area, 0), max(columns[0] - area, 0)
+    part = bitmap[low[0] : rows[-1] + 1 + area, low[1] : columns[-1] + 1 + area]
     for is_foreground in (False, True):
-        regions = np.asarray(bitmap if is_foreground else ~bitmap, dtype=np.uint8)
+        regions = np.asarray(part if is_foreground else ~part, dtype=np.uint8)
         # Holes are parts of the background, which touch at edges only, or a diagonal line would not close them.
         _, labels, stats, _ = cv2.connectedComponentsWithStats(regions, connectivity=8 if is_foreground else 4)
         small = stats[:, cv2.CC_STAT_AREA] < area
         small[0] = False
-        bitmap[small[labels]] = not is_foreground
+        part[small[labels]] = not is_foreground
     return bitmap

@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
+from scipy import ndimage
 from sharpmask_d2 import model_zoo
 from sharpmask_d2.errors import UserError
 from sharpmask_d2.inference import ProposalPredictor, SharpMaskAutomaticMaskGenerator
@@ -126,3 +127,28 @@ def test_suppression_keeps_the_better_of_two_masks():
     assert suppress(rles, 0.8) == [0, 2]
     assert suppress(rles, 0.95) == [0, 1, 2]
     assert suppress([], 0.5) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_small_regions_are_those_of_the_whole_image(seed):
+    rng = np.random.default_rng(seed)
+    noise = cv2.resize(rng.random((12, 14)), (70, 60))
+    bitmap = noise > 0.5
+    top, left = rng.integers(0, 30, 2)
+    bitmap[:top], bitmap[:, :left] = False, False
+    expected = bitmap.copy()
+    for is_foreground, structure in ((False, None), (True, np.ones((3, 3)))):
+        labels, _ = ndimage.label(expected == is_foreground, structure)
+        small = np.bincount(labels.ravel()) < 25
+        small[0] = False
+        expected[small[labels]] = not is_foreground
+    assert np.array_equal(remove_small_regions(bitmap, 25), expected)
+
+
+def test_the_background_beside_a_mask_is_not_a_hole():
+    bitmap = np.zeros((20, 80), dtype=bool)
+    bitmap[:, 30:50] = True
+    assert np.array_equal(remove_small_regions(bitmap, 100), bitmap)
+    bitmap[:, 3:50] = True  # what is left beside the border is small
+    assert remove_small_regions(bitmap, 100)[:, :50].all()
+    assert not remove_small_regions(bitmap, 100)[:, 50:].any()
