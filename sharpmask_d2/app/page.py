@@ -26,7 +26,8 @@ _EVENT: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1, "
 _QUEUE = 20
 # Seconds after which the session of a closed or idle page is forgotten.
 _IDLE = 3600
-_CSS = """
+CSS = """
+.dark { --color-accent: var(--primary-400); }
 .gradio-container { max-width: 1240px !important; }
 .html-container { padding: 0 !important; }
 button:focus-visible, input:focus-visible, [role=tab]:focus-visible { outline: 3px solid #0072B2 !important; outline-offset: 2px; }
@@ -49,9 +50,6 @@ def theme() -> gr.Theme:
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
     )
-
-
-CSS = _CSS
 
 
 def build_page(

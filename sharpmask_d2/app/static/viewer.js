@@ -55,7 +55,7 @@ function draw() {
   drawing.replaceChildren();
   legend.replaceChildren();
   // The picture fills the column, unless it were taller than the window.
-  frame.style.width = view.picture ? "min(100%, calc(72vh * " + view.width / view.height + "))" : "";
+  frame.style.width = view.picture ? "min(100%, calc(66vh * " + view.width / view.height + "))" : "";
   frame.style.aspectRatio = view.picture ? view.width + " / " + view.height : "";
   if (!view.picture) return light(null);
   if (photograph.getAttribute("src") !== view.picture) photograph.src = view.picture;
