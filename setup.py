@@ -19,6 +19,7 @@ setup(
     package_dir=folders,
     package_data={
         "sharpmask_d2": ["py.typed"],
+        "sharpmask_d2.app": ["static/*"],
         "sharpmask_d2.model_zoo": ["*.yaml", "*.pth"],
         "sharpmask_d2.report.page": ["*.css", "*.jinja", "*.js"],
         **{name: ["*.yaml"] for name in folders},

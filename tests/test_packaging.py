@@ -108,6 +108,7 @@ found = {
     "weights": [model_zoo.get_config(name).MODEL.WEIGHTS for name in model_zoo.names()],
     "depth": LazyConfig.load(model_zoo.get_config_file(files[2])).model.pyramid.network.trunk.depth,
     "window": model_zoo.get_config(files[0]).MODEL.SHARPMASK.WINDOW_SIZE,
+    "page": [path.name for path in (Path(sharpmask_d2.__file__).parent / "app" / "static").iterdir()],
     "typed": (Path(sharpmask_d2.__file__).parent / "py.typed").is_file(),
 }
 print(json.dumps(found))
@@ -121,6 +122,7 @@ def test_the_wheel_has_configs_and_weights_away_from_the_repository(installed):
     assert found["depth"] == 50
     assert found["window"] == 160
     assert found["typed"]
+    assert set(found["page"]) == {path.name for path in (ROOT / "sharpmask_d2/app/static").iterdir()}
     packed = {path.relative_to(installed.site / "sharpmask_d2/model_zoo/configs") for path in map(Path, found["files"])}
     assert packed == {
         Path("deepmask_R_50.yaml"),

@@ -6,7 +6,7 @@ import shutil
 import cv2
 import numpy as np
 import pytest
-from conftest import as_png, draw_photograph
+from photograph_files import as_png, draw_photograph
 from pycocotools import mask as mask_utils
 
 CHROMIUM = shutil.which("chromium")
