@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import sharpmask_d2
-from conftest import ROOT
+from drawing import ROOT
 from setuptools.config.pyprojecttoml import read_configuration
 from sharpmask_d2.modeling.backbone import TimmTrunk
 

@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 import pytest
-from conftest import ROOT
+from drawing import ROOT
 from sharpmask_d2.cli.command import run
 
 import sharpmask_command

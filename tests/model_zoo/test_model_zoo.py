@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from detectron2.config import CfgNode
+from drawing import ROOT
 from sharpmask_d2 import model_zoo
 from sharpmask_d2.errors import UserError
 from sharpmask_d2.inference import DetectionPredictor, ProposalPredictor
