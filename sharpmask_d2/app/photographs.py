@@ -5,7 +5,6 @@ Shape letters: H W image.
 
 import base64
 import os
-from collections.abc import Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -119,7 +118,7 @@ def _jpeg(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def _known_formats() -> Sequence[str]:
+def _known_formats() -> list[str]:
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
