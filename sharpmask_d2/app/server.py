@@ -8,11 +8,11 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional
 
 from ..errors import UserError
+from ..extras import APP, import_extra
 from .models import SharedModels
 from .photographs import find_examples
 from .sessions import Sessions
@@ -125,12 +125,10 @@ def make_app(
     Raises:
         UserError: Gradio is not installed, or there is no such model.
     """
-    if find_spec("gradio") is None:
-        raise UserError('the page needs Gradio: run pip install "sharpmask_d2[app]"')
     # Gradio reads these when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import gradio as gr
+    gr = import_extra("gradio", requirement=APP)
     from fastapi import FastAPI, Response
 
     from .page import CSS, Limits, build_page, theme

@@ -12,11 +12,11 @@ import numpy as np
 from PIL.Image import Image
 
 from .. import model_zoo
+from ..extras import INTEROP, import_extra
 from ..inference import SharpMaskAutomaticMaskGenerator
 from ..inference.configuration import build_config
 from ..structures.tight_masks import TightMask
 from .cvat_files import mask_points, polygon_points
-from .extras import import_extra
 from .labelled_images import DEFAULT_LABEL
 
 
@@ -33,7 +33,7 @@ class CvatDetection:
         Raises:
             UserError: cvat-sdk is not installed.
         """
-        self._cvat = import_extra("cvat_sdk.auto_annotation")
+        self._cvat = import_extra("cvat_sdk.auto_annotation", requirement=INTEROP)
         self._generator, self._keep = generator, keep
         self._default = generator.pred_iou_thresh
         self.spec = self._cvat.DetectionFunctionSpec(labels=[self._cvat.label_spec(label, 0, type="mask")])

@@ -13,10 +13,10 @@ from PIL.Image import Image
 
 from .. import model_zoo
 from ..errors import UserError
+from ..extras import INTEROP, import_extra
 from ..inference import ProposalPredictor, SharpMaskPredictor
 from ..inference.configuration import build_config
 from .cvat_files import mask_points
-from .extras import EXTRA, import_extra
 
 
 class CvatInteraction:
@@ -30,10 +30,10 @@ class CvatInteraction:
         Raises:
             UserError: cvat-sdk is not installed, or has no interaction functions; or see `SharpMaskPredictor`.
         """
-        self._cvat = import_extra("cvat_sdk.auto_annotation")
+        self._cvat = import_extra("cvat_sdk.auto_annotation", requirement=INTEROP)
         if not hasattr(self._cvat, "InteractionFunctionSpec"):
-            raise UserError(f"cvat_sdk has no interaction functions: run pip install -U '{EXTRA}'")
-        self._models = import_extra("cvat_sdk.models")
+            raise UserError(f"cvat_sdk has no interaction functions: run pip install -U '{INTEROP}'")
+        self._models = import_extra("cvat_sdk.models", requirement=INTEROP)
         # A model whose masks cannot be prompted is refused now, not at the first image.
         SharpMaskPredictor(predictor)
         self._predictor = predictor

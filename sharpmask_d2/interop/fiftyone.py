@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from detectron2.structures import Instances
 
+from ..extras import import_extra
 from ..structures.tight_masks import TightMask
-from .extras import import_extra
 from .labelled_images import DEFAULT_LABEL, LabelledImage
 
 

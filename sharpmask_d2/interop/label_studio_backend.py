@@ -16,9 +16,9 @@ import numpy as np
 from .. import model_zoo
 from ..data.images import read_image
 from ..errors import UserError
+from ..extras import import_extra
 from ..inference import ProposalPredictor, SharpMaskAutomaticMaskGenerator, SharpMaskPredictor
 from ..inference.configuration import build_config
-from .extras import import_extra
 from .label_studio import KINDS, label_studio_results, prediction
 from .labelled_images import DEFAULT_LABEL, LabelledImage, LabelledMask
 

@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.structures import Instances
 from pycocotools import mask as mask_utils
 
-from .extras import import_extra
+from ..extras import INTEROP, import_extra
 from .labelled_images import LabelledImage
 
 
@@ -56,7 +56,7 @@ def proposals_to_detections(proposals: Instances, *, compact: bool = True) -> An
 def _detections(
     rles: list[dict], boxes: np.ndarray, scores: list[float], classes: list[int], size: tuple[int, int], compact: bool
 ) -> Any:
-    library = import_extra("supervision")
+    library = import_extra("supervision", requirement=INTEROP)
     if not rles:
         return library.Detections.empty()
     if compact and hasattr(getattr(library, "CompactMask", None), "from_coco_rle"):

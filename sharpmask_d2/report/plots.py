@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from ..evaluation.recall import AREA_RANGES
+from ..extras import REPORT, import_extra
 from ..io.outputs import write_output
 from .curves import IOU_COUNTS, axes_of_curves
-from .extra import import_extra
 
 # Colours of Okabe and Ito, which people with any form of colour blindness can tell apart on white and on black; lines also differ in their
 # dashes and markers. The first colours of both lists belong together.
@@ -94,7 +94,10 @@ def draw_svg(row: PlotRow, area: str) -> str:
     Returns:
         An `<svg>` element. It uses the CSS variables --grid and --series-0, --series-1, ...
     """
-    matplotlib, figure = import_extra("matplotlib"), import_extra("matplotlib.figure").Figure(figsize=(3.1, 2.5))
+    matplotlib, figure = (
+        import_extra("matplotlib", requirement=REPORT),
+        import_extra("matplotlib.figure", requirement=REPORT).Figure(figsize=(3.1, 2.5)),
+    )
     with matplotlib.rc_context(_RC):
         axes = figure.add_subplot()
         _draw(axes, row, area, ink=_INK, grid=_GRID)
@@ -132,7 +135,10 @@ def write_plots(rows: Sequence[PlotRow], names: Sequence[str], folder: Path) -> 
     Raises:
         OutputError: a file cannot be written.
     """
-    matplotlib, figure_module = import_extra("matplotlib"), import_extra("matplotlib.figure")
+    matplotlib, figure_module = (
+        import_extra("matplotlib", requirement=REPORT),
+        import_extra("matplotlib.figure", requirement=REPORT),
+    )
     paths = []
     for row in rows:
         with matplotlib.rc_context(_RC):
@@ -156,7 +162,7 @@ def write_plots(rows: Sequence[PlotRow], names: Sequence[str], folder: Path) -> 
 
 
 def _draw(axes: Any, row: PlotRow, area: str, *, ink: str, grid: str) -> None:
-    ticker = import_extra("matplotlib.ticker")
+    ticker = import_extra("matplotlib.ticker", requirement=REPORT)
     for i, values in enumerate(row.lines[area]):
         style = i % len(SERIES_COLORS)
         axes.plot(

@@ -17,9 +17,9 @@ from ..evaluation.ground_truth import encode_segmentations
 from ..evaluation.proposal_evaluation import without_nan
 from ..evaluation.recall import AREA_RANGES, PROPOSAL_COUNTS
 from ..evaluation.result_file import ResultFile
+from ..extras import REPORT, import_extra
 from ..io.outputs import check_outputs, open_output
 from .curves import axes_of_curves, curves
-from .extra import import_extra
 from .file_evaluation import MISS_COUNTS, OVERLAP_COUNT, FileEvaluation, evaluate_file
 from .misses import Miss, category_name, find_misses, object_annotations
 from .page import render
@@ -83,7 +83,7 @@ def write_report(
         OSError: a file does not exist or cannot be read.
         UserError: a file has another format, or a library of the extra `report` is missing; the message names it.
     """
-    import_extra("jinja2")
+    import_extra("jinja2", requirement=REPORT)
     names = _names(proposals, names)
     if annotations is None and image_root is None:
         raise UserError("give --image-root, the folder of the images, or --annotations")
@@ -109,7 +109,7 @@ def write_report(
         if plots is not None and not evaluated:
             raise UserError(f"--plots: {annotations} has no objects, with which recall is measured")
         if evaluated:
-            import_extra("matplotlib")
+            import_extra("matplotlib", requirement=REPORT)
         sources = []
         for file, name in zip(files, names):
             evaluation = evaluate_file(coco, file, name) if evaluated else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import sharpmask_d2
 
-from ..extra import import_extra
+from ...extras import REPORT, import_extra
 
 _FOLDER = Path(__file__).resolve().parent
 # Dash patterns in the legends of plots, in the order of `plots.SERIES_COLORS`.
@@ -29,7 +29,7 @@ def render(context: dict[str, Any]) -> Iterator[str]:
     Raises:
         UserError: Jinja2 is not installed.
     """
-    jinja2, markup = import_extra("jinja2"), import_extra("markupsafe").Markup
+    jinja2, markup = import_extra("jinja2", requirement=REPORT), import_extra("markupsafe", requirement=REPORT).Markup
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
