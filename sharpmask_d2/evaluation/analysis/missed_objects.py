@@ -92,7 +92,7 @@ class MissedObjects:
         """
         recall = RecallAccumulator()
         recall.add(image.image_id, image.objects.truth, image.masks, -np.arange(len(image.masks)))
-        ranks, counted = recall.images[image.image_id]
+        ranks, counted = recall.images[image.image_id][:2]
         near = self._rule.near(image.windows, image.objects.boxes).any(axis=0)
         for count in COUNTS:
             by_area = causes(ranks, image.ious, near, count)
