@@ -178,15 +178,15 @@ def evaluate_proposal_json(
             recalls = _accumulators((MASKS, BOXES) if file.has_masks else (BOXES,), max_proposals)
             for image_id, results in file.images():
                 add_results(recalls, coco, image_id, results)
-        return summarize(coco, recalls)
-    has_masks = check_results(coco, proposals, "proposals")
-    by_image = defaultdict(list)
-    for result in proposals:
-        by_image[result["image_id"]].append(result)
-    recalls = _accumulators((MASKS, BOXES) if has_masks else (BOXES,), max_proposals)
-    for image_id in coco.getImgIds():
-        if results := by_image.get(image_id):
-            add_results(recalls, coco, image_id, results)
+    else:
+        has_masks = check_results(coco, proposals, "proposals")
+        by_image = defaultdict(list)
+        for result in proposals:
+            by_image[result["image_id"]].append(result)
+        recalls = _accumulators((MASKS, BOXES) if has_masks else (BOXES,), max_proposals)
+        for image_id in coco.getImgIds():
+            if results := by_image.get(image_id):
+                add_results(recalls, coco, image_id, results)
     metrics = summarize(coco, recalls)
     if precision:
         for kind, recall in recalls.items():

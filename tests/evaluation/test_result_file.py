@@ -32,7 +32,7 @@ def draw_results(dataset, copies: int = 1) -> list:
 
 
 def test_images_have_all_their_results_in_the_order_of_the_file(dataset, tmp_path):
-    results = draw_results(dataset)
+    results = draw_results(dataset, copies=3)
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results))
     with ResultFile(path, load_annotations(dataset.annotations)) as file:
