@@ -101,7 +101,7 @@ def draw_svg(row: PlotRow, area: str) -> str:
     with matplotlib.rc_context(_RC):
         axes = figure.add_subplot()
         _draw(axes, row, area, ink=_INK, grid=_GRID)
-        figure.subplots_adjust(left=0.15, right=0.96, bottom=0.17, top=0.91)
+        figure.subplots_adjust(left=0.19, right=0.96, bottom=0.17, top=0.91)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
