@@ -3,6 +3,7 @@
 import http.client
 import json
 import socket
+import sys
 
 import pytest
 from sharpmask_d2.app import server
@@ -98,8 +99,8 @@ def test_a_request_that_is_too_large_is_refused(site):
 
 
 def test_without_gradio_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setattr(server, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "sharpmask_d2\[app\]"'):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(UserError, match=r"gradio is not installed: run pip install 'sharpmask_d2\[app\]'"):
         server.make_app(max_bytes=1, max_pixels=1)
 
 
