@@ -14,12 +14,15 @@ import cv2
 import numpy as np
 
 from ..errors import UserError
+from ..interop.coco import coco_dataset
+from ..interop.labelled_images import LabelledImage, LabelledImages, LabelledMask
+from ..interop.labelme import labelme_file
 from .photographs import Photograph
 from .sessions import Mask
 
 # Format -> its name on the page.
 FORMATS = {"coco": "COCO JSON", "labelme": "labelme JSON", "png": "PNG label map", "cutouts": "Cut-outs (ZIP)"}
-_LABEL = "object"
+_LABELS = {1: "object"}
 
 
 class File(NamedTuple):
@@ -46,66 +49,23 @@ def write(form: str, photograph: Photograph, masks: Sequence[Mask]) -> File:
         raise UserError("There is no mask to download: show some first.")
     stem = PurePath(photograph.name).stem
     if form == "coco":
-        return File(f"{stem}_coco.json", "application/json", _json(_coco(photograph, masks)))
+        return File(
+            f"{stem}_coco.json",
+            "application/json",
+            _json(coco_dataset(LabelledImages([_labelled(photograph, masks)], _LABELS))),
+        )
     if form == "labelme":
-        return File(f"{stem}.json", "application/json", _json(_labelme(photograph, masks)))
+        content = labelme_file(_labelled(photograph, masks), _LABELS, image_path=photograph.name, shape="polygon")
+        return File(f"{stem}.json", "application/json", _json(content))
     if form == "png":
         return File(f"{stem}_labels.png", "image/png", _png(_label_map(photograph, masks)))
     return File(f"{stem}_cutouts.zip", "application/zip", _cutouts(photograph, masks, stem))
 
 
-def _coco(photograph: Photograph, masks: Sequence[Mask]) -> dict[str, Any]:
-    height, width = photograph.pixels.shape[:2]
-    return {
-        "images": [{"id": 1, "file_name": photograph.name, "height": height, "width": width}],
-        "annotations": [
-            {
-                "id": number,
-                "image_id": 1,
-                "category_id": 1,
-                "iscrowd": 0,
-                "bbox": list(mask.box),
-                "area": mask.area,
-                "segmentation": {"size": [height, width], "counts": _text(mask.rle["counts"])},
-                "score": mask.score,
-            }
-            for number, mask in enumerate(masks, start=1)
-        ],
-        "categories": [{"id": 1, "name": _LABEL}],
-    }
-
-
-def _labelme(photograph: Photograph, masks: Sequence[Mask]) -> dict[str, Any]:
-    height, width = photograph.pixels.shape[:2]
-    shapes = [
-        {
-            "label": _LABEL,
-            "points": polygon,
-            "group_id": number,
-            "description": f"score {mask.score:.3f}",
-            "shape_type": "polygon",
-            "flags": {},
-        }
-        for number, mask in enumerate(masks, start=1)
-        for polygon in _polygons(mask)
-    ]
-    return {
-        "version": "5.0.0",
-        "flags": {},
-        "shapes": shapes,
-        "imagePath": photograph.name,
-        "imageData": None,
-        "imageHeight": height,
-        "imageWidth": width,
-    }
-
-
-def _polygons(mask: Mask) -> list[list[list[float]]]:
-    x, y = mask.box[:2]
-    doubled = cv2.resize(mask.crop(), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
-    contours = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
-    outlines = [cv2.approxPolyDP(contour, 1, True)[:, 0] / 2 + 0.25 for contour in contours]
-    return [(points + [x, y]).tolist() for points in outlines if len(points) > 2]
+def _labelled(photograph: Photograph, masks: Sequence[Mask]) -> LabelledImage:
+    """The photograph and its masks, as the writers of `interop` take them."""
+    size = photograph.pixels.shape[:2]
+    return LabelledImage(1, photograph.name, size, [LabelledMask(mask.rle, 1, mask.score) for mask in masks])
 
 
 def _label_map(photograph: Photograph, masks: Sequence[Mask]) -> np.ndarray:
@@ -132,7 +92,3 @@ def _png(pixels: np.ndarray) -> bytes:
 
 def _json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content) + "\n").encode()
-
-
-def _text(counts: Any) -> str:
-    return counts.decode("ascii") if isinstance(counts, bytes) else counts
