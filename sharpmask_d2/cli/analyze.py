@@ -13,15 +13,16 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, Optional
 
+from ..console import print_result
 from ..data.coco import load_annotations
 from ..evaluation.analysis import analyze, images_of_model, images_of_results, window_rule
-from ..evaluation.proposal_evaluation import write_json
+from ..evaluation.proposal_evaluation import without_nan, write_json
 from ..inference.caching import keep_between_images
 from ..inference.configuration import build_config
 from ..inference.given_boxes import box_decoder, click_decoder
 from ..inference.predictor import ProposalPredictor
 from ..model_zoo import DEFAULT
-from .command import add_dtype_option, add_model_options, make_parser
+from .command import add_console_options, add_dtype_option, add_model_options, console_of, make_parser
 
 
 def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -33,6 +34,7 @@ def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument(
         "--output", metavar="JSON", help="file to write the tables to; a figure without any object is null"
     )
+    add_console_options(parser)
     add_dtype_option(parser)
     add_model_options(parser, default=DEFAULT)
     return parser.parse_intermixed_args(argv)
@@ -47,7 +49,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns:
         Exit status, 0.
     """
-    analyze_proposals(**vars(_parse_args(argv)))
+    args = vars(_parse_args(argv))
+    with console_of(args):
+        analyze_proposals(**args)
     return 0
 
 
@@ -87,6 +91,7 @@ def analyze_proposals(
         tables = analyze(images, rule=rule, given_boxes=decode is not None, given_clicks=click is not None)
     else:
         raise TypeError("analyze_proposals() needs proposals or image_root")
-    print("\n\n".join(table.text() for table in tables))
+    content = {table.name: table.records() for table in tables}
+    print_result("\n\n".join(table.text() for table in tables), without_nan(content))
     if output:
-        write_json({table.name: table.records() for table in tables}, output)
+        write_json(content, output)

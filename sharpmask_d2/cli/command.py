@@ -1,13 +1,15 @@
 """What the command lines of this package have in common: how they end, and the options that several of them have."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 
+from ..console import console
 from ..errors import UserError
 from ..inference.preparation import DTYPES
 
@@ -65,6 +67,30 @@ def make_parser(name: str, doc: Optional[str]) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"sharpmask {name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def add_console_options(parser: argparse.ArgumentParser, *, as_json: bool = True) -> None:
+    """Adds `--quiet` and `--json`, for `console_of`.
+
+    Args:
+        parser: of a subcommand.
+        as_json: whether the subcommand can print JSON, so that it has `--json`. Default: True.
+    """
+    parser.add_argument(
+        "--quiet", action="store_true", help="print no progress and no status; errors are still printed"
+    )
+    if as_json:
+        parser.add_argument(
+            "--json",
+            action="store_true",
+            dest="as_json",
+            help="print one JSON object for programs, instead of tables and status",
+        )
+
+
+def console_of(args: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Takes the values of `add_console_options` out of the parsed arguments, and makes the context in which the subcommand runs."""
+    return console(quiet=args.pop("quiet"), as_json=args.pop("as_json", False))
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, default: str, kind: str = "model") -> None:

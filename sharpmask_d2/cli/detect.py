@@ -15,7 +15,7 @@ from typing import Optional
 from ..data import add_dataset_option, register_datasets
 from ..inference.detect import detect
 from ..model_zoo import DEFAULT_DETECTOR
-from .command import add_model_options, add_threads_option, make_parser, set_threads
+from .command import add_console_options, add_model_options, add_threads_option, console_of, make_parser, set_threads
 
 
 def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -30,6 +30,7 @@ def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help="lowest score of the detections that pictures show; default: %(default)s",
     )
     add_threads_option(parser)
+    add_console_options(parser)
     add_dataset_option(parser)
     add_model_options(parser, default=DEFAULT_DETECTOR, kind="detector")
     return parser.parse_intermixed_args(argv)
@@ -47,4 +48,5 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = vars(_parse_args(argv))
     set_threads(args.pop("threads"))
     register_datasets(args.pop("dataset"))
-    return detect(**args)
+    with console_of(args):
+        return detect(**args)

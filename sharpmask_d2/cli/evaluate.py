@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
+from ..console import print_result, print_status
 from ..data.coco import load_annotations, load_json
 from ..data.failed_images import FailedImages
-from ..evaluation.proposal_evaluation import evaluate_proposal_json, format_table, write_json
+from ..evaluation.proposal_evaluation import evaluate_proposal_json, format_table, without_nan, write_json
 from ..io.outputs import check_outputs
 from ..visualization import write_extremes
-from .command import make_parser
+from .command import add_console_options, console_of, make_parser
 
 
 def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -38,6 +39,7 @@ def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         "--pictures", metavar="DIR", help="folder for pictures of the best and the worst images; needs --image-root"
     )
     parser.add_argument("--image-root", metavar="DIR", help="folder of the images")
+    add_console_options(parser)
     args = parser.parse_args(argv)
     if args.pictures and not args.image_root:
         parser.error("--pictures needs --image-root")
@@ -55,6 +57,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     args = _parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    with console_of(vars(args)):
+        return _evaluate(args)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
     coco = load_annotations(args.annotations)
     check_outputs(
         {"--output": args.output},
@@ -63,12 +70,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         images=[Path(args.image_root) / image["file_name"] for image in coco.imgs.values()] if args.pictures else [],
     )
     metrics = evaluate_proposal_json(coco, args.proposals, precision=args.precision)
-    print(format_table(metrics))
+    print_result(format_table(metrics), without_nan(metrics))
     if args.output:
         write_json(metrics, args.output)
     if not args.pictures:
         return 0
     failed = FailedImages()
     results = load_json(args.proposals)
-    print("\n".join(write_extremes(coco, results, args.image_root, args.pictures, failed=failed)))
+    for path in write_extremes(coco, results, args.image_root, args.pictures, failed=failed):
+        print_status(path)
     return failed.status()

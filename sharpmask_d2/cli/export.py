@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Optional
 
 from ..interop.export import FORMATS, SHAPES, export_masks
-from .command import make_parser, positive
+from .command import add_console_options, console_of, make_parser, positive
 
 
 def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -44,6 +44,7 @@ def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         metavar="URL",
         help="start of the URLs of the images in label-studio, before their file names; default: the local storage",
     )
+    add_console_options(parser, as_json=False)
     return parser.parse_args(argv)
 
 
@@ -56,5 +57,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns:
         Exit status, 0.
     """
-    export_masks(**vars(_parse_args(argv)))
+    args = vars(_parse_args(argv))
+    with console_of(args):
+        export_masks(**args)
     return 0

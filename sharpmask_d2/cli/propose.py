@@ -16,10 +16,12 @@ from typing import Optional
 from ..inference.propose import compute_proposals
 from ..model_zoo import DEFAULT
 from .command import (
+    add_console_options,
     add_dtype_option,
     add_model_options,
     add_pkl_options,
     add_threads_option,
+    console_of,
     make_parser,
     positive,
     set_threads,
@@ -49,6 +51,7 @@ def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help="compile the trunk; worthwhile for many images of one size, on some processors",
     )
     add_threads_option(parser)
+    add_console_options(parser)
     add_model_options(parser, default=DEFAULT)
     args = parser.parse_intermixed_args(argv)
     if args.annotations and not args.image_root:
@@ -67,4 +70,5 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     args = vars(_parse_args(argv))
     set_threads(args.pop("threads"))
-    return compute_proposals(**args)
+    with console_of(args):
+        return compute_proposals(**args)

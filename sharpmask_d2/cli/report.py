@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Optional
 
 from ..report import write_report
-from .command import make_parser, positive
+from .command import add_console_options, console_of, make_parser, positive
 
 
 def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -51,6 +51,7 @@ def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         metavar="PIXELS",
         help="maximum side of the pictures; default: %(default)s",
     )
+    add_console_options(parser, as_json=False)
     return parser.parse_intermixed_args(argv)
 
 
@@ -63,4 +64,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns:
         Exit status: 1 if an image could not be read, else 0.
     """
-    return write_report(**vars(_parse_args(argv)))
+    args = vars(_parse_args(argv))
+    with console_of(args):
+        return write_report(**args)

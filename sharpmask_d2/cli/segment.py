@@ -22,7 +22,15 @@ from typing import Optional
 
 from ..inference.segment import segment_boxes, segment_images
 from ..model_zoo import DEFAULT
-from .command import add_dtype_option, add_model_options, add_threads_option, make_parser, set_threads
+from .command import (
+    add_console_options,
+    add_dtype_option,
+    add_model_options,
+    add_threads_option,
+    console_of,
+    make_parser,
+    set_threads,
+)
 
 
 def _share(text: str) -> float:
@@ -52,6 +60,7 @@ def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     )
     add_dtype_option(parser)
     add_threads_option(parser)
+    add_console_options(parser)
     add_model_options(parser, default=DEFAULT)
     args = parser.parse_intermixed_args(argv)
     if args.boxes and (args.input or args.non_overlapping):
@@ -74,8 +83,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     args = vars(_parse_args(argv))
     set_threads(args.pop("threads"))
-    if args["boxes"]:
-        del args["input"], args["non_overlapping"]
-        return segment_boxes(**args)
-    del args["boxes"]
-    return segment_images(**args)
+    with console_of(args):
+        if args["boxes"]:
+            del args["input"], args["non_overlapping"]
+            return segment_boxes(**args)
+        del args["boxes"]
+        return segment_images(**args)

@@ -21,6 +21,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
+from ..console import progress
 from ..data.coco import check_annotations, load_annotations
 from ..errors import UserError
 from ..io.outputs import write_output
@@ -176,7 +177,8 @@ def evaluate_proposal_json(
     if isinstance(proposals, (str, os.PathLike)):
         with ResultFile(proposals, coco) as file:
             recalls = _accumulators((MASKS, BOXES) if file.has_masks else (BOXES,), max_proposals)
-            for image_id, results in file.images():
+            total = sum(image_id in coco.imgs for image_id in file.image_ids())
+            for image_id, results in progress(file.images(), total=total, desc="evaluating"):
                 add_results(recalls, coco, image_id, results)
     else:
         has_masks = check_results(coco, proposals, "proposals")

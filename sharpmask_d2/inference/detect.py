@@ -20,7 +20,7 @@ from ..io.proposal_files import ProposalWriter
 from ..model_zoo import DEFAULT_DETECTOR
 from .caching import keep_between_images
 from .configuration import build_config
-from .image_files import InputImage, list_inputs, process_images
+from .image_files import InputImage, end_run, list_inputs, process_images, report_command
 from .predictor import DetectionPredictor
 
 
@@ -172,6 +172,12 @@ def detect(
         predictor = DetectionPredictor(cfg)
         finished, failed = process_images(images, writer, work, desc="detections", draw=draw, pictures=output)
         count = writer.finish(images=finished, keep_partial=len(failed) > 0)
-    print(f"wrote {count} detections of {len(finished)} images: {writer.output}")
-    print(f"wrote pictures of them: {folder}")
-    return failed.status()
+    return end_run(
+        f"wrote pictures of them: {folder}",
+        f"wrote {count} detections of {len(finished)} images: {writer.output}",
+        output=str(writer.output),
+        num_images=len(finished),
+        num_results=count,
+        failed=failed,
+        next_command=report_command(str(writer.output), images),
+    )

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from ..console import print_next, print_status, print_summary, progress
 from ..data.coco import load_images
 from ..data.failed_images import FailedImages
 from ..data.images import read_image
@@ -51,7 +51,7 @@ def list_inputs(paths: Sequence[Union[str, Path]]) -> list[InputImage]:
     """Lists images that are given as files and folders, and numbers them from 1 in the order of their names.
 
     Folders are searched with their sub-folders. Hidden files and folders are skipped. How many files are skipped because of their suffix
-    is printed.
+    is printed as a status line.
 
     Args:
         paths: files and folders.
@@ -77,7 +77,7 @@ def list_inputs(paths: Sequence[Union[str, Path]]) -> list[InputImage]:
             raise FileNotFoundError(f"--input: there is no {path}")
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
-        print(f"skipped in the folders because of their suffix: {kinds}")
+        print_status(f"skipped in the folders because of their suffix: {kinds}")
     images = []
     for i, (path, folder) in enumerate(files.items(), start=1):
         name = path.relative_to(folder).as_posix()
@@ -147,9 +147,9 @@ def process_images(
     names = name_pictures(images) if pictures and draw else [None] * len(images)
     keys = _known_keys(images, writer, more_input)
     if keys:
-        print(f"{len(keys)} of {len(images)} images are done already, in {writer.partial}")
+        print_status(f"{len(keys)} of {len(images)} images are done already, in {writer.partial}")
     finished = []
-    for i, (image, name) in enumerate(zip(tqdm(images, unit="image", desc=desc), names)):
+    for i, (image, name) in enumerate(zip(progress(images, desc=desc), names)):
         pixels = None
         if i not in keys:
             results = None
@@ -174,6 +174,64 @@ def process_images(
         if drawn:
             writer.add_picture(keys[i], name)
     return finished, failed
+
+
+def end_run(
+    *lines: str,
+    output: str,
+    num_images: int,
+    num_results: int,
+    failed: FailedImages,
+    next_command: Sequence[str],
+) -> int:
+    """Prints what a run has written and the next command to try, or its figures as JSON.
+
+    Args:
+        lines: what is written, and where.
+        output: path of the written file.
+        num_images: number of images whose results are in the file.
+        num_results: number of results in the file.
+        failed: from `process_images`.
+        next_command: words of the command.
+
+    Returns:
+        Exit status: 1 if an image failed, else 0.
+    """
+    for line in lines:
+        print_status(line)
+    print_next(next_command)
+    print_summary({"images": num_images, "failed": len(failed), "results": num_results, "output": output})
+    return failed.status()
+
+
+def report_command(
+    output: str, images: Sequence[InputImage], annotations: Optional[str] = None, image_root: Optional[str] = None
+) -> list[str]:
+    """Makes the command that shows results: `sharpmask report`, or `export_command` if the images have no common folder.
+
+    Args:
+        output: path of the COCO result file.
+        images: from `find_images`.
+        annotations: path of the COCO file that lists the images; None: the results name them.
+        image_root: path of the folder that the names in `annotations` refer to.
+
+    Returns:
+        The words of the command.
+    """
+    command = ["sharpmask", "report", output]
+    if annotations and image_root:
+        command += ["--annotations", annotations]
+    else:
+        roots = {str(image.path.parents[len(Path(image.name).parts) - 1]) for image in images}
+        if len(roots) > 1:
+            return export_command(output)
+        image_root = roots.pop()
+    return [*command, "--image-root", image_root, "--output", str(Path(output).with_suffix(".html"))]
+
+
+def export_command(output: str) -> list[str]:
+    """Makes the `sharpmask export` that writes a COCO file of masks for CVAT. Returns its words."""
+    return ["sharpmask", "export", output, "--to", "cvat", "--output", str(Path(output).with_suffix(".xml"))]
 
 
 def _known_keys(

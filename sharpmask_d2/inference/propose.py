@@ -12,7 +12,7 @@ from ..io.proposal_files import ProposalWriter, to_results
 from ..visualization import choose_distinct, draw_masks
 from .caching import keep_between_images
 from .configuration import build_config
-from .image_files import InputImage, find_images, process_images
+from .image_files import InputImage, end_run, find_images, process_images, report_command
 from .predictor import ProposalPredictor
 
 # Maximum number of proposals that a picture shows, chosen among the best of the image.
@@ -76,10 +76,16 @@ def compute_proposals(
         )
         # The partial file lets a run after the images were repaired process only those.
         count = writer.finish(pkl, images=finished, pickle_masks=pkl_masks, keep_partial=len(failed) > 0)
-    print(f"wrote {count} proposals of {len(finished)} images: {output}" + (f", {pkl}" if pkl else ""))
-    if visualize:
-        print(f"wrote pictures of them: {visualize}")
-    return failed.status()
+    pictures = [f"wrote pictures of them: {visualize}"] if visualize else []
+    return end_run(
+        *pictures,
+        f"wrote {count} proposals of {len(finished)} images: {output}" + (f", {pkl}" if pkl else ""),
+        output=output,
+        num_images=len(finished),
+        num_results=count,
+        failed=failed,
+        next_command=report_command(output, images, None if input else annotations, image_root),
+    )
 
 
 def _draw_proposals(pixels: np.ndarray, results: list[dict[str, Any]]) -> np.ndarray:

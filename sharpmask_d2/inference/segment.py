@@ -24,7 +24,15 @@ from ..visualization import draw_masks
 from .automatic_mask_generator import SharpMaskAutomaticMaskGenerator
 from .caching import bound_kept_memory, keep_between_images
 from .configuration import build_config
-from .image_files import InputImage, find_images, list_annotated, process_images
+from .image_files import (
+    InputImage,
+    end_run,
+    export_command,
+    find_images,
+    list_annotated,
+    process_images,
+    report_command,
+)
 from .predictor import ProposalPredictor
 from .prompt_predictor import SharpMaskPredictor
 
@@ -100,8 +108,14 @@ def segment_images(
         )
         finished, failed = process_images(images, writer, work, desc="masks", draw=_draw, pictures=visualize)
         count = writer.finish(images=finished, keep_partial=len(failed) > 0)
-    print(f"wrote {count} masks of {len(finished)} images: {output}")
-    return failed.status()
+    return end_run(
+        f"wrote {count} masks of {len(finished)} images: {output}",
+        output=output,
+        num_images=len(finished),
+        num_results=count,
+        failed=failed,
+        next_command=report_command(output, images, None if input else annotations, image_root),
+    )
 
 
 class _Boxes(NamedTuple):
@@ -178,8 +192,16 @@ def segment_boxes(
         )
         count = writer.finish(images=finished, keep_partial=len(failed) > 0, dataset=given.document)
     total = sum(len(given.entries[image.image_id]) for image in given.images)
-    print(f"wrote {count} masks of {total} boxes in {len(finished)} images: {output}")
-    return failed.status()
+    is_dataset = given.document is not None
+    return end_run(
+        f"wrote {count} masks of {total} boxes in {len(finished)} images: {output}",
+        output=output,
+        num_images=len(finished),
+        num_results=count,
+        failed=failed,
+        # A report shows results only.
+        next_command=export_command(output) if is_dataset else report_command(output, [], annotations, image_root),
+    )
 
 
 def _read_boxes(path: str, annotations: Optional[str], image_root: str) -> _Boxes:

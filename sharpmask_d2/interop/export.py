@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Optional
@@ -10,6 +11,7 @@ from urllib.parse import quote
 import cv2
 import yaml
 
+from ..console import print_next, print_status
 from ..errors import UserError
 from ..io.outputs import check_outputs, write_output
 from .coco import coco_dataset
@@ -36,6 +38,7 @@ class _Format(NamedTuple):
     shapes: tuple[str, ...]  # the first is the default
     suffix: Optional[str]  # of the one file of each image; None for one file of all images
     encode: Callable[[Any, LabelledImages, Path, _Options], bytes]  # the content of a file of an image, or of all
+    next: str  # command that uses the output, with {output} and {images}, the folder of the images
     inside: str = ""  # folder in the output in which the files of images lie
 
 
@@ -79,13 +82,14 @@ def _png(image: LabelledImage, everything: LabelledImages, path: Path, options: 
         raise UserError(f"image {image.image_id}, {image.file_name}: {error} with --keep") from None
 
 
+_ALL = ("mask", "polygon", "box")
 _FORMATS = {
-    "coco": _Format(("mask", "polygon", "box"), None, _coco),
-    "cvat": _Format(("mask", "polygon", "box"), None, _cvat),
-    "labelme": _Format(("mask", "polygon", "box"), ".json", _labelme),
-    "label-studio": _Format(("mask", "polygon", "box"), None, _label_studio),
-    "yolo": _Format(("polygon", "box"), ".txt", _yolo, "labels"),
-    "png": _Format(("mask",), ".png", _png),
+    "coco": _Format(_ALL, None, _coco, "cvat-cli task import-dataset TASK_ID {output} --format 'COCO 1.0'"),
+    "cvat": _Format(_ALL, None, _cvat, "cvat-cli task import-dataset TASK_ID {output} --format 'CVAT 1.1'"),
+    "labelme": _Format(_ALL, ".json", _labelme, "labelme {images} --output {output}"),
+    "label-studio": _Format(_ALL, None, _label_studio, "label-studio start"),
+    "yolo": _Format(("polygon", "box"), ".txt", _yolo, "cp -r {images} {output}/images", "labels"),
+    "png": _Format(("mask",), ".png", _png, "python -m webbrowser {output}"),
 }
 FORMATS = tuple(_FORMATS)
 SHAPES = ("mask", "polygon", "box")
@@ -139,9 +143,10 @@ def export_masks(
     if to == "yolo":
         write_output(options.output / "data.yaml", yaml.safe_dump(yolo_dataset(content.labels)).encode())
     count = sum(len(image.masks) for image in content.images)
-    print(f"wrote {count} masks of {len(content.images)} images: {output}")
     if to == "label-studio":
-        print(f"labelling interface of the project: {labelling_interface(content.labels, shape=shape)}")
+        print_status(f"labelling interface of the project: {labelling_interface(content.labels, shape=shape)}")
+    print_status(f"wrote {count} masks of {len(content.images)} images: {output}")
+    print_next([word.format(output=output, images=image_root or "IMAGES") for word in shlex.split(form.next)])
 
 
 def _files(

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 from pycocotools.coco import COCO
-from tqdm import tqdm
 
+from ..console import progress
 from ..evaluation.analysis.image_proposals import image_proposals
 from ..evaluation.ground_truth import BOXES, MASKS
 from ..evaluation.proposal_evaluation import add_results, summarize
@@ -84,7 +84,7 @@ def evaluate_file(coco: COCO, file: ResultFile, name: str) -> FileEvaluation:
         objects[image_id] = FoundObjects(found, ious.astype(np.float32), best.astype(np.int32))
 
     total = sum(image_id in coco.imgs for image_id in file.image_ids())
-    for image_id, results in tqdm(file.images(), total=total, unit="image", desc=f"evaluating {name}"):
+    for image_id, results in progress(file.images(), total=total, desc=f"evaluating {name}"):
         masks = add_results(recalls, coco, image_id, results)
         add(image_id, masks, [result["score"] for result in results])
     for image_id in coco.imgs:

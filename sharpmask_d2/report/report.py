@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 from pycocotools.coco import COCO
-from tqdm import tqdm
 
+from ..console import print_next, print_status, progress
 from ..data.coco import image_size, load_annotations
 from ..data.failed_images import FailedImages
 from ..data.images import read_image
@@ -115,7 +115,7 @@ def write_report(
             evaluation = evaluate_file(coco, file, name) if evaluated else None
             if not evaluated:
                 # The results are checked before anything is written.
-                for _ in tqdm(file.images(), total=len(file.image_ids()), unit="image", desc=f"reading {name}"):
+                for _ in progress(file.images(), total=len(file.image_ids()), desc=f"reading {name}"):
                     pass
             sources.append(_Source(file, name, evaluation))
         failed = FailedImages()
@@ -123,10 +123,12 @@ def write_report(
         with open_output(output) as stream:
             for text in page.text(max_images, max_misses):
                 stream.write(text.encode())
-        print(f"wrote a report, {Path(output).stat().st_size / 1e6:.1f} MB: {output}")
         if plots is not None:
             rows = plot_rows([without_nan(curves(source.evaluation.recall)) for source in sources if source.evaluation])
-            print("\n".join(f"wrote {path}" for path in write_plots(rows, names, Path(plots))))
+            for path in write_plots(rows, names, Path(plots)):
+                print_status(f"wrote {path}")
+        print_status(f"wrote a report, {Path(output).stat().st_size / 1e6:.1f} MB: {output}")
+        print_next(["python", "-m", "webbrowser", Path(output).resolve().as_uri()])
         return failed.status()
 
 
@@ -230,7 +232,7 @@ class _Page:
             pictures=[
                 ("worst", map(self._worst_picture, worst)),
                 ("misses", map(self._miss_picture, misses)),
-                ("gallery", map(self._gallery_picture, tqdm(gallery, unit="image", desc="drawing"))),
+                ("gallery", map(self._gallery_picture, progress(gallery, desc="drawing"))),
             ],
         )
         return render(context)

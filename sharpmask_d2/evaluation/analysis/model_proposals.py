@@ -14,8 +14,8 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import Instances
 from pycocotools.coco import COCO
 from torch import nn
-from tqdm import tqdm
 
+from ...console import progress
 from ...modeling.meta_arch import SegmentProposalNetwork
 from ...windows.geometry import canonical_size
 from ...windows.labels import label_rule
@@ -49,7 +49,7 @@ def images_of_model(
         OSError: an image cannot be read.
         UserError: an image has another size than in the annotations, or see `image_proposals`.
     """
-    for image_id in tqdm(coco.getImgIds(), unit="image", desc="proposals"):
+    for image_id in progress(coco.getImgIds(), desc="proposals"):
         pixels = read_image(os.path.join(image_root, coco.imgs[image_id]["file_name"]), format="BGR")
         pixels = np.ascontiguousarray(pixels)
         proposals = propose(pixels)
