@@ -16,11 +16,10 @@ from .. import __version__
 from ..errors import UserError
 from ..io.fingerprint import config_settings
 from ..io.outputs import check_outputs
-from ..io.proposal_files import ProposalWriter
 from ..model_zoo import DEFAULT_DETECTOR
 from .caching import keep_between_images
 from .configuration import build_config
-from .image_files import InputImage, end_run, list_inputs, process_images, report_command
+from .image_files import InputImage, Work, list_inputs, report_command, run_images
 from .predictor import DetectionPredictor
 
 
@@ -147,8 +146,9 @@ def detect(
         )
     metadata = dataset_metadata(cfg.DATASETS.TRAIN[0])
     folder = Path(output)
+    file = folder / "detections.json"
     check_outputs(
-        {"--output": folder / "detections.json"},
+        {"--output": file},
         inputs=[config.get("config_file"), cfg.MODEL.WEIGHTS],
         folders={"--output": folder},
         images=[*input, *(image.path for image in images)],
@@ -160,24 +160,26 @@ def detect(
         "version": __version__,
     }
 
-    def work(image: InputImage, pixels: np.ndarray) -> list[dict[str, Any]]:
-        instances = predictor(pixels).to("cpu")
-        return detection_results(instances, image.image_id, metadata, **image.extra)
+    def prepare() -> Work:
+        predictor = DetectionPredictor(cfg)
+
+        def work(image: InputImage, pixels: np.ndarray) -> list[dict[str, Any]]:
+            return detection_results(predictor(pixels).to("cpu"), image.image_id, metadata, **image.extra)
+
+        return work
 
     def draw(pixels: np.ndarray, results: list[dict[str, Any]]) -> np.ndarray:
         shown = [result for result in results if result["score"] >= score_threshold]
         return draw_detections(pixels, instances_of_results(shown, pixels.shape[:2], metadata), metadata)
 
-    with ProposalWriter(str(folder / "detections.json"), settings) as writer:
-        predictor = DetectionPredictor(cfg)
-        finished, failed = process_images(images, writer, work, desc="detections", draw=draw, pictures=output)
-        count = writer.finish(images=finished, keep_partial=len(failed) > 0)
-    return end_run(
-        f"wrote pictures of them: {folder}",
-        f"wrote {count} detections of {len(finished)} images: {writer.output}",
-        output=str(writer.output),
-        num_images=len(finished),
-        num_results=count,
-        failed=failed,
-        next_command=report_command(str(writer.output), images),
+    return run_images(
+        images,
+        file,
+        settings,
+        prepare,
+        desc="detections",
+        describe=lambda count, num_images: f"wrote {count} detections of {num_images} images: {file}",
+        next_command=report_command(str(file), images),
+        draw=draw,
+        pictures=folder,
     )

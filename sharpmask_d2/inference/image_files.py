@@ -31,6 +31,10 @@ class InputImage(NamedTuple):
     extra: dict[str, Any]
 
 
+# Makes the results of an image from its pixels, (H, W, 3) uint8 BGR.
+Work = Callable[[InputImage, np.ndarray], list[dict[str, Any]]]
+
+
 def find_images(
     input: Optional[Sequence[Union[str, Path]]], annotations: Optional[str], image_root: Optional[str]
 ) -> list[InputImage]:
@@ -118,7 +122,7 @@ def list_annotated(annotations: str, image_root: str) -> list[InputImage]:
 def process_images(
     images: Sequence[InputImage],
     writer: ProposalWriter,
-    work: Callable[[InputImage, np.ndarray], list[dict[str, Any]]],
+    work: Work,
     *,
     desc: str,
     draw: Optional[Callable[[np.ndarray, list[dict[str, Any]]], np.ndarray]] = None,
@@ -176,31 +180,50 @@ def process_images(
     return finished, failed
 
 
-def end_run(
-    *lines: str,
-    output: str,
-    num_images: int,
-    num_results: int,
-    failed: FailedImages,
+def run_images(
+    images: Sequence[InputImage],
+    output: Union[str, Path],
+    settings: dict[str, Any],
+    prepare: Callable[[], Work],
+    *,
+    desc: str,
+    describe: Callable[[int, int], str],
     next_command: Sequence[str],
+    draw: Optional[Callable[[np.ndarray, list[dict[str, Any]]], np.ndarray]] = None,
+    pictures: Optional[Union[str, Path]] = None,
+    more_input: Callable[[InputImage], str] = lambda image: "",
+    **finish: Any,
 ) -> int:
-    """Prints what a run has written and the next command to try, or its figures as JSON.
+    """Works on images, writes a COCO file of their results, and prints what was written and the next command to try.
 
     Args:
-        lines: what is written, and where.
-        output: path of the written file.
-        num_images: number of images whose results are in the file.
-        num_results: number of results in the file.
-        failed: from `process_images`.
+        images: see `process_images`.
+        output: path of the file to write.
+        settings: see `ProposalWriter`.
+        prepare: loads the model and returns the `work` of `process_images`. It is called after the settings of a run that is resumed were
+            checked.
+        desc, draw, pictures, more_input: see `process_images`.
+        describe: makes the status line at the end from the number of results and the number of images.
         next_command: words of the command.
+        finish: further arguments of `ProposalWriter.finish`.
 
     Returns:
         Exit status: 1 if an image failed, else 0.
+
+    Raises:
+        OutputError: see `ProposalWriter`.
     """
-    for line in lines:
-        print_status(line)
+    with ProposalWriter(str(output), settings) as writer:
+        finished, failed = process_images(
+            images, writer, prepare(), desc=desc, draw=draw, pictures=pictures, more_input=more_input
+        )
+        # The partial file lets a run after the images were repaired process only those.
+        count = writer.finish(images=finished, keep_partial=len(failed) > 0, **finish)
+    if pictures:
+        print_status(f"wrote pictures of them: {pictures}")
+    print_status(describe(count, len(finished)))
     print_next(next_command)
-    print_summary({"images": num_images, "failed": len(failed), "results": num_results, "output": output})
+    print_summary({"images": len(finished), "failed": len(failed), "results": count, "output": str(output)})
     return failed.status()
 
 

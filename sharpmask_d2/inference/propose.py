@@ -8,11 +8,11 @@ import numpy as np
 from .. import __version__
 from ..io.fingerprint import config_settings
 from ..io.outputs import check_outputs
-from ..io.proposal_files import ProposalWriter, to_results
+from ..io.proposal_files import to_results
 from ..visualization import choose_distinct, draw_masks
 from .caching import keep_between_images
 from .configuration import build_config
-from .image_files import InputImage, end_run, find_images, process_images, report_command
+from .image_files import Work, find_images, report_command, run_images
 from .predictor import ProposalPredictor
 
 # Maximum number of proposals that a picture shows, chosen among the best of the image.
@@ -66,25 +66,25 @@ def compute_proposals(
     )
     settings = {**config_settings(cfg), "--dtype": dtype, "--compile": compiled, "version": __version__}
 
-    def work(image: InputImage, pixels: np.ndarray) -> list[dict[str, Any]]:
-        return to_results(predictor(pixels), image.image_id, **image.extra)
-
-    with ProposalWriter(output, settings) as writer:
+    def prepare() -> Work:
         predictor = ProposalPredictor(cfg, dtype=dtype, compiled=compiled)
-        finished, failed = process_images(
-            images, writer, work, desc="proposals", draw=_draw_proposals, pictures=visualize
-        )
-        # The partial file lets a run after the images were repaired process only those.
-        count = writer.finish(pkl, images=finished, pickle_masks=pkl_masks, keep_partial=len(failed) > 0)
-    pictures = [f"wrote pictures of them: {visualize}"] if visualize else []
-    return end_run(
-        *pictures,
-        f"wrote {count} proposals of {len(finished)} images: {output}" + (f", {pkl}" if pkl else ""),
-        output=output,
-        num_images=len(finished),
-        num_results=count,
-        failed=failed,
+        return lambda image, pixels: to_results(predictor(pixels), image.image_id, **image.extra)
+
+    def describe(count: int, num_images: int) -> str:
+        return f"wrote {count} proposals of {num_images} images: {output}" + (f", {pkl}" if pkl else "")
+
+    return run_images(
+        images,
+        output,
+        settings,
+        prepare,
+        desc="proposals",
+        describe=describe,
         next_command=report_command(output, images, None if input else annotations, image_root),
+        draw=_draw_proposals,
+        pictures=visualize,
+        pickle_path=pkl,
+        pickle_masks=pkl_masks,
     )
 
 

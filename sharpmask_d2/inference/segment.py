@@ -19,19 +19,18 @@ from ..errors import UserError
 from ..evaluation.coco_results import check_results
 from ..io.fingerprint import config_settings
 from ..io.outputs import check_outputs
-from ..io.proposal_files import ProposalWriter
 from ..visualization import draw_masks
 from .automatic_mask_generator import SharpMaskAutomaticMaskGenerator
 from .caching import bound_kept_memory, keep_between_images
 from .configuration import build_config
 from .image_files import (
     InputImage,
-    end_run,
+    Work,
     export_command,
     find_images,
     list_annotated,
-    process_images,
     report_command,
+    run_images,
 )
 from .predictor import ProposalPredictor
 from .prompt_predictor import SharpMaskPredictor
@@ -86,35 +85,39 @@ def segment_images(
         options["pred_iou_thresh"] = min_quality
     settings = {**config_settings(cfg), "--dtype": dtype, "segment": options, "version": __version__}
 
-    def work(image: InputImage, pixels: np.ndarray) -> list[dict[str, Any]]:
-        records = generator.generate(pixels)
-        bound_kept_memory()
-        return [
-            {
-                "image_id": image.image_id,
-                **image.extra,
-                "category_id": 1,
-                "bbox": record["bbox"],
-                "score": record["predicted_iou"],
-                "area": record["area"],
-                "segmentation": record["segmentation"],
-            }
-            for record in records
-        ]
-
-    with ProposalWriter(output, settings) as writer:
+    def prepare() -> Work:
         generator = SharpMaskAutomaticMaskGenerator(
             ProposalPredictor(cfg, dtype=dtype), output_mode="coco_rle", **options
         )
-        finished, failed = process_images(images, writer, work, desc="masks", draw=_draw, pictures=visualize)
-        count = writer.finish(images=finished, keep_partial=len(failed) > 0)
-    return end_run(
-        f"wrote {count} masks of {len(finished)} images: {output}",
-        output=output,
-        num_images=len(finished),
-        num_results=count,
-        failed=failed,
+
+        def work(image: InputImage, pixels: np.ndarray) -> list[dict[str, Any]]:
+            records = generator.generate(pixels)
+            bound_kept_memory()
+            return [
+                {
+                    "image_id": image.image_id,
+                    **image.extra,
+                    "category_id": 1,
+                    "bbox": record["bbox"],
+                    "score": record["predicted_iou"],
+                    "area": record["area"],
+                    "segmentation": record["segmentation"],
+                }
+                for record in records
+            ]
+
+        return work
+
+    return run_images(
+        images,
+        output,
+        settings,
+        prepare,
+        desc="masks",
+        describe=lambda count, num_images: f"wrote {count} masks of {num_images} images: {output}",
         next_command=report_command(output, images, None if input else annotations, image_root),
+        draw=_draw,
+        pictures=visualize,
     )
 
 
@@ -173,34 +176,39 @@ def segment_boxes(
     lowest = min_quality or 0.0
     settings = {**config_settings(cfg), "--dtype": dtype, "--min-quality": lowest, "version": __version__}
 
-    def work(image: InputImage, pixels: np.ndarray) -> list[dict[str, Any]]:
-        size = given.sizes[image.image_id]
-        if size is not None and size != pixels.shape[:2]:
-            raise UserError(f"its size (height, width) is {pixels.shape[:2]}, but the COCO file says {size}")
-        entries = given.entries[image.image_id]
-        found = _with_masks(predictor, pixels, [entry for entry in entries if not entry.get("iscrowd")], lowest, given)
-        bound_kept_memory()
-        return found + [entry for entry in entries if entry.get("iscrowd")]
+    def prepare() -> Work:
+        predictor = SharpMaskPredictor(cfg, dtype=dtype)
+
+        def work(image: InputImage, pixels: np.ndarray) -> list[dict[str, Any]]:
+            size = given.sizes[image.image_id]
+            if size is not None and size != pixels.shape[:2]:
+                raise UserError(f"its size (height, width) is {pixels.shape[:2]}, but the COCO file says {size}")
+            entries = given.entries[image.image_id]
+            objects = [entry for entry in entries if not entry.get("iscrowd")]
+            found = _with_masks(predictor, pixels, objects, lowest, given)
+            bound_kept_memory()
+            return found + [entry for entry in entries if entry.get("iscrowd")]
+
+        return work
 
     def name_boxes(image: InputImage) -> str:
         return hashlib.blake2b(json.dumps(given.entries[image.image_id]).encode(), digest_size=16).hexdigest()
 
-    with ProposalWriter(output, settings) as writer:
-        predictor = SharpMaskPredictor(cfg, dtype=dtype)
-        finished, failed = process_images(
-            given.images, writer, work, desc="masks", draw=_draw, pictures=visualize, more_input=name_boxes
-        )
-        count = writer.finish(images=finished, keep_partial=len(failed) > 0, dataset=given.document)
     total = sum(len(given.entries[image.image_id]) for image in given.images)
     is_dataset = given.document is not None
-    return end_run(
-        f"wrote {count} masks of {total} boxes in {len(finished)} images: {output}",
-        output=output,
-        num_images=len(finished),
-        num_results=count,
-        failed=failed,
+    return run_images(
+        given.images,
+        output,
+        settings,
+        prepare,
+        desc="masks",
+        describe=lambda count, num_images: f"wrote {count} masks of {total} boxes in {num_images} images: {output}",
         # A report shows results only.
         next_command=export_command(output) if is_dataset else report_command(output, [], annotations, image_root),
+        draw=_draw,
+        pictures=visualize,
+        more_input=name_boxes,
+        dataset=given.document,
     )
 
 
