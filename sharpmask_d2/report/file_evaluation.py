@@ -79,8 +79,10 @@ def evaluate_file(coco: COCO, file: ResultFile, name: str) -> FileEvaluation:
             if len(first):
                 ious[i] = first.max(axis=0)
                 best[i] = np.where(ious[i] > 0, first.argmax(axis=0), -1)
-        ranks, counted = recalls[MASKS].images[image_id][:2] if masks else (None, None)
-        found = ranks[0, 0, counted[0]] if masks else np.full(num_objects, UNMATCHED)
+        found = np.full(num_objects, UNMATCHED)
+        if masks:
+            matched = recalls[MASKS].images[image_id]
+            found = matched.ranks[0, 0, matched.counted[0]]
         objects[image_id] = FoundObjects(found, ious.astype(np.float32), best.astype(np.int32))
 
     total = sum(image_id in coco.imgs for image_id in file.image_ids())

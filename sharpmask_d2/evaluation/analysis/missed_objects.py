@@ -92,11 +92,11 @@ class MissedObjects:
         """
         recall = RecallAccumulator()
         recall.add(image.image_id, image.objects.truth, image.masks, -np.arange(len(image.masks)))
-        ranks, counted = recall.images[image.image_id][:2]
+        matched = recall.images[image.image_id]
         near = self._rule.near(image.windows, image.objects.boxes).any(axis=0)
         for count in COUNTS:
-            by_area = causes(ranks, image.ious, near, count)
-            for area, found, chosen in zip(AREA_RANGES, by_area, counted):
+            by_area = causes(matched.ranks, image.ious, near, count)
+            for area, found, chosen in zip(AREA_RANGES, by_area, matched.counted):
                 self._causes[count, area].append(found[:, chosen])
 
     def tables(self) -> list[Table]:
