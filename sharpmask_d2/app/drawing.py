@@ -5,11 +5,11 @@ from typing import Any, Optional
 
 import cv2
 
+from ..visualization.overlay import PALETTE
 from .sessions import BOX, CHOICES, EVERYTHING, POINT, Mask, Prompt, Session
 
-# The colours of Okabe and Ito except black, which people with any kind of colour vision can tell apart
-# (https://jfly.uni-koeln.de/color/). Where they repeat, the outline is dashed, then dotted, and every mask has a number.
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+# Where the colours repeat, the outline is dashed, then dotted, and every mask has a number.
+COLOURS = ["#{:02X}{:02X}{:02X}".format(*color) for color in PALETTE.astype(int).tolist()]
 STYLES = ("solid", "dashed", "dotted")
 # Longer side of the image, in pixels, up to which outlines are exact to half a pixel.
 _EXACT = 1000

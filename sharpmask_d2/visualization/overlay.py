@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as mask_util
 
-# The colours of Okabe and Ito without black (RGB), which people with any kind of colour vision can tell apart.
+# The colours of Okabe and Ito without black (RGB), which people with any kind of colour vision can tell apart
+# (https://jfly.uni-koeln.de/color/).
 PALETTE = np.array(
     [(86, 180, 233), (240, 228, 66), (204, 121, 167), (0, 158, 115), (230, 159, 0), (0, 114, 178), (213, 94, 0)],
     dtype=np.float32,
