@@ -62,6 +62,13 @@ def test_get_builds_the_model_on_the_device_with_its_weights():
     assert not torch.equal(next(random.parameters()), next(model.parameters()))
 
 
+def test_the_packaged_detector_decodes_its_masks_as_its_proposals():
+    model = model_zoo.get("multipath_bifpn_lite0", device="cpu")
+    own = model.roi_heads.mask_head.decoder.state_dict()
+    for name, value in model.proposal_generator.decoder.state_dict().items():
+        assert torch.equal(own[name], value), name
+
+
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
