@@ -89,7 +89,7 @@ def conv_upsampled(x: Tensor, conv: nn.Conv2d) -> Tensor:
         padding=0 if mirrored else 1,
     )
     rows = outputs.permute(0, 2, 3, 1).unflatten(3, (2, -1)).transpose(2, 3)  # B, H, 2, W, 2 x C'
-    return rows.reshape(len(x), 2 * x.shape[2], 2 * x.shape[3], conv.out_channels).permute(0, 3, 1, 2)
+    return rows.reshape(x.shape[0], 2 * x.shape[2], 2 * x.shape[3], conv.out_channels).permute(0, 3, 1, 2)
 
 
 def _taps_of_both_outputs(weight: Tensor) -> Tensor:

@@ -56,9 +56,22 @@ def pyramid_levels(features: list[Tensor], image_sizes: list[tuple[int, int]], s
         L maps (B, C, Y, X); and (B, L, 2) int64, rows and columns of each level that belong to each image.
     """
     extents = torch.tensor([pyramid_sizes(size, strides) for size in image_sizes], device=features[0].device)
+    return add_coarser_levels(features, extents), extents
+
+
+def add_coarser_levels(features: list[Tensor], extents: Tensor) -> list[Tensor]:
+    """All levels of a batch.
+
+    Args:
+        features: of the backbone, maps (B, C, Y, X), fine to coarse; at most L of them.
+        extents: (B, L, 2) int64, rows and columns of each level that belong to each image.
+
+    Returns:
+        L maps (B, C, Y, X).
+    """
     coarsest = features[-1]
     inside = cells_inside(coarsest, extents[:, len(features) - 1]).to(coarsest.dtype)
-    return features + coarser_levels(coarsest, inside, len(strides) - len(features)), extents
+    return features + coarser_levels(coarsest, inside, extents.shape[1] - len(features))
 
 
 def coarser_levels(feature: Tensor, inside: Tensor, count: int) -> list:
@@ -75,9 +88,8 @@ def coarser_levels(feature: Tensor, inside: Tensor, count: int) -> list:
     levels = []
     total, weight = feature * inside, inside
     for _ in range(count):
-        # Sums over padded squares, so that a cell at the border is not diluted by what is outside.
-        odd = 0, total.shape[3] % 2, 0, total.shape[2] % 2
-        total, weight = (4 * F.avg_pool2d(F.pad(x, odd), 2) for x in (total, weight))
+        # Sums over padded squares, so that a cell at the border is not diluted by what is outside. Of even sides, the padding is not read.
+        total, weight = (4 * F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 2) for x in (total, weight))
         levels.append(total / weight.clamp(min=1))
         total, weight = levels[-1] * (weight > 0), (weight > 0).to(weight.dtype)
     return levels
