@@ -35,7 +35,7 @@ def export_model(
     Args:
         output: folder to write; a missing one is created.
         to: one of `FORMATS`.
-        int8: whether convolutions and linear layers compute in int8; with the format "openvino" only.
+        int8: whether convolutions compute in int8; with the format "openvino" only.
         calibrate: image files and folders from which the ranges of int8 values are measured; needed with `int8`.
         config: see `build_config`; `model` or `config_file` names the model.
 

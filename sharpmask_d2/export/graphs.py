@@ -1,7 +1,7 @@
 """The two graphs of a SharpMask on a feature pyramid: the encoder runs once per image, the decoder on any windows of the image.
 
-Shape letters: H W height and width of the padded image in pixels, L levels, T windows of the image, C channels of the pyramid, k channels of
-the mask encoding, N windows whose masks are refined, K windows whose masks are coarse, M mask side in cells.
+Shape letters: H W height and width of the padded image in pixels, L levels, T windows of the image, C channels of the pyramid, k channels
+of the mask encoding, N windows whose masks are refined, K windows whose masks are coarse, M mask side in cells.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch.export import Dim
 from ..modeling.feature_pyramid.decoder import DecoderTables
 from ..modeling.feature_pyramid.feature_table import FeatureTable, table_rows
 from ..modeling.feature_pyramid.levels import add_coarser_levels, cells_inside
-from ..modeling.layers import EvenSameConv2d, fold_batch_norm
+from ..modeling.layers import ConstantUpsampling, EvenSameConv2d, fold_batch_norm
 from .atlas import Atlas, build_atlas
 
 # How features are stored for the decoder. "atlas": see `atlas.py`, for ONNX. "rows": as in `FeatureTable`, for OpenVINO, which has its
@@ -130,12 +130,15 @@ def prepare_for_export(model: nn.Module) -> nn.Module:
     """Prepares a network in place: merges batch norms, and replaces convolutions that change their weights when they run.
 
     Args:
-        model: any network of this package, with its weights, on the CPU.
+        model: a `SegmentProposalNetwork` with its weights, on the CPU.
 
     Returns:
         `model`, in evaluation mode and without gradients.
     """
-    return _with_constant_weights(fold_batch_norm(model.eval()).requires_grad_(False))
+    model = _with_constant_weights(fold_batch_norm(model.eval()).requires_grad_(False))
+    decoder = model.proposal_generator.decoder
+    decoder.widen, decoder.to_mask = ConstantUpsampling(decoder.widen), ConstantUpsampling(decoder.to_mask)
+    return model
 
 
 def _with_constant_weights(module: nn.Module) -> nn.Module:

@@ -75,12 +75,7 @@ def conv_upsampled(x: Tensor, conv: nn.Conv2d) -> Tensor:
     Returns:
         (B, C', 2 H, 2 W), what `conv` makes of the upsampled map, to rounding; channels last in memory.
     """
-    columns = _taps_of_both_outputs(conv.weight.float())  # C', C, 3 rows, 2 outputs, 3 columns
-    both = _taps_of_both_outputs(
-        columns.movedim(2, -1)
-    )  # C', C, 2 outputs along x, 3 columns, 2 outputs along y, 3 rows
-    # Outputs before the channels, so that what is rearranged below are whole pixels: with pixel_shuffle it takes half as long again.
-    weight = both.permute(4, 2, 0, 1, 5, 3).flatten(0, 2)  # 2 x 2 x C', C, 3, 3
+    weight = conv.upsampled_weight if isinstance(conv, ConstantUpsampling) else _upsampled_weight(conv.weight)
     mirrored = isinstance(conv, MirroredConv2d)
     outputs = F.conv2d(
         mirror_pad(x, conv.border) if mirrored else x,
@@ -90,6 +85,16 @@ def conv_upsampled(x: Tensor, conv: nn.Conv2d) -> Tensor:
     )
     rows = outputs.permute(0, 2, 3, 1).unflatten(3, (2, -1)).transpose(2, 3)  # B, H, 2, W, 2 x C'
     return rows.reshape(x.shape[0], 2 * x.shape[2], 2 * x.shape[3], conv.out_channels).permute(0, 3, 1, 2)
+
+
+def _upsampled_weight(weight: Tensor) -> Tensor:
+    """Weights (C', C, 3, 3) for the upsampled map as weights (2 x 2 x C', C, 3, 3) for the small map, for the four outputs of a cell."""
+    columns = _taps_of_both_outputs(weight.float())  # C', C, 3 rows, 2 outputs, 3 columns
+    both = _taps_of_both_outputs(
+        columns.movedim(2, -1)
+    )  # C', C, 2 outputs along x, 3 columns, 2 outputs along y, 3 rows
+    # Outputs before the channels, so that `conv_upsampled` rearranges whole pixels: with pixel_shuffle it takes half as long again.
+    return both.permute(4, 2, 0, 1, 5, 3).flatten(0, 2)
 
 
 def _taps_of_both_outputs(weight: Tensor) -> Tensor:
@@ -121,6 +126,18 @@ class Successor(nn.Conv2d):
             device="meta",
         )
         self.weight, self.bias = conv.weight, conv.bias
+
+
+class ConstantUpsampling(Successor):
+    """A convolution for `conv_upsampled` whose weights for the small map are computed once. It is for inference only."""
+
+    def __init__(self, conv: nn.Conv2d):
+        """
+        Args:
+            conv: 3x3, with a border of one cell of zeros.
+        """
+        super().__init__(conv)
+        self.register_buffer("upsampled_weight", _upsampled_weight(conv.weight.detach()))
 
 
 class MirroredConv2d(Successor):
