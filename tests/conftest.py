@@ -4,6 +4,7 @@ import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
 # isort: split
 
+import functools
 from pathlib import Path
 
 import cv2
@@ -21,6 +22,24 @@ torch.set_num_threads(1)
 def make_dataset():
     """The function `draw_dataset(folder, ...)`."""
     return draw_dataset
+
+
+@pytest.fixture(scope="session")
+def exported_model(tmp_path_factory):
+    """A function that exports the default model into a folder, once per format ("onnx" or "openvino"), and returns the folder."""
+
+    @functools.cache
+    def export(to: str) -> Path:
+        for name in {"onnx": ("onnx", "onnxscript"), "openvino": ("openvino",)}[to]:
+            pytest.importorskip(name)
+        from sharpmask_d2.export import export_model
+        from sharpmask_d2.model_zoo import DEFAULT
+
+        folder = tmp_path_factory.mktemp("exported") / to
+        export_model(output=str(folder), to=to, model=DEFAULT)
+        return folder
+
+    return export
 
 
 @pytest.fixture
