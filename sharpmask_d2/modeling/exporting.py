@@ -30,7 +30,7 @@ class NotExportable(nn.Module):
 
     def _refuse(self) -> None:
         raise NotImplementedError(
-            f"{type(self).__name__} cannot be traced or scripted: the result would be valid for the traced image only. `sharpmask export-model` "
-            "exports a SharpMask on a feature pyramid. Other models run in Python, as in sharpmask_d2.inference.predictor; parts of a "
-            "detector that do not contain them, such as the backbone, can be traced"
+            f"{type(self).__name__} cannot be traced or scripted: the result would be valid for the traced image only. "
+            "`sharpmask export-model` exports a SharpMask on a feature pyramid. Other models run in Python, as in "
+            "sharpmask_d2.inference.predictor; parts of a detector that do not contain them, such as the backbone, can be traced"
         )
