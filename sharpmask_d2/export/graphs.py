@@ -10,13 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ..modeling.feature_pyramid.decoder import DecoderTables
+from ..modeling.feature_pyramid.feature_table import FeatureTable, table_rows
 from ..modeling.feature_pyramid.levels import add_coarser_levels, cells_inside
 from ..modeling.layers import EvenSameConv2d, fold_batch_norm
-from .atlas import Atlas, build_atlas, sides
+from .atlas import Atlas, build_atlas
+
+# How features are stored for the decoder. "atlas": see `atlas.py`, for ONNX. "rows": as in `FeatureTable`, for OpenVINO, which has its
+# operator `embedding_bag` and is three times as fast with it as with `grid_sample`.
+LAYOUTS = ("atlas", "rows")
 
 
 class EncoderGraph(nn.Module):
-    """From an image to the scores of all windows and to the atlases that masks are decoded from."""
+    """From an image to the scores of all windows and to the features that masks are decoded from."""
 
     names = (["image", "image_size"], ["scores", "features", "coarse", "fine"])
 
@@ -24,7 +29,7 @@ class EncoderGraph(nn.Module):
         """
         Args:
             model: a `SegmentProposalNetwork` from `prepare_for_export`.
-            layout: see `atlas.LAYOUTS`.
+            layout: one of `LAYOUTS`.
         """
         super().__init__()
         self.backbone, self.generator, self.layout = model.backbone, model.proposal_generator, layout
@@ -40,29 +45,31 @@ class EncoderGraph(nn.Module):
             image_size: (2,) int64, height and width before padding.
 
         Returns:
-            scores (T,), see `PyramidFeatures`; and the atlases of the pyramid, C channels, and of the skip features of both refinement
-            steps, k and k / 2 channels.
+            scores (T,), see `PyramidFeatures`; and the tables of the pyramid, C channels, and of the skip features of both refinement
+            steps, k and k / 2 channels: (cells of all levels, channels) or (1, channels, rows, columns), by the layout.
         """
         pixels = (image.permute(2, 0, 1)[None].float() - self.mean) / self.std
         # Detectron2 pads the normalised image with zeros.
         pixels = pixels * cells_inside(pixels, image_size[None]).to(pixels.dtype)
         features = self.backbone(pixels)
-        extents = sides(image_size, self.strides)[None]
+        extents = _cells(image_size, self.strides[:, None])[None]
         levels = add_coarser_levels([features[name] for name in self.generator.in_features], extents)
-        scores, atlases = [], []
+        scores, tables = [], []
         insides = [cells_inside(x, extents[:, number]) for number, x in enumerate(levels)]
         for x, inside in zip(levels, insides):
             grid = self.generator.scores(x, inside.to(x.dtype))
             scores.append(grid.masked_fill(~inside, -math.inf).flatten())
         decoder = self.generator.decoder
         for path in (nn.Identity(), decoder.horizontal_coarse, decoder.horizontal_fine):
-            maps = [path(x) * inside.to(x.dtype) for x, inside in zip(levels, insides)]
-            atlases.append(build_atlas(maps, self.layout))
-        return (torch.cat(scores), *atlases)
+            maps = [path(x) for x in levels]
+            if self.layout == "atlas":
+                maps = [x * inside.to(x.dtype) for x, inside in zip(maps, insides)]
+            tables.append(build_atlas(maps) if self.layout == "atlas" else table_rows(maps))
+        return (torch.cat(scores), *tables)
 
 
 class DecoderGraph(nn.Module):
-    """From the atlases of an image and windows to the masks of the windows."""
+    """From the features of an image and windows to the masks of the windows."""
 
     names = (
         ["features", "coarse", "fine", "image_size", "windows", "coarse_windows"],
@@ -97,14 +104,21 @@ class DecoderGraph(nn.Module):
         Returns:
             (N, M, M) and (K, M, M) mask logits.
         """
-        tables = DecoderTables(
-            *(
-                Atlas(x, image_size, strides=self.strides, divisor=self.divisor, layout=self.layout)
-                for x in (features, coarse, fine)
-            )
+        sizes = _cells(_cells(image_size, self.divisor) * self.divisor, self.strides[:, None])
+        extents = _cells(image_size, self.strides[:, None])[None]
+        kind = Atlas if self.layout == "atlas" else FeatureTable
+        tables = DecoderTables(*(kind(x, sizes, extents, self.strides) for x in (features, coarse, fine)))
+        first, last = (torch.zeros_like(x[:, 0], dtype=torch.long) for x in (windows, coarse_windows))
+        return (
+            self.decoder.masks(tables, first, windows),
+            self.decoder.masks(tables, last, coarse_windows, refined=False),
         )
-        masks = self.decoder.masks(tables, None, windows)
-        return masks, self.decoder.masks(tables, None, coarse_windows, refined=False)
+
+
+def _cells(size: Tensor, strides) -> Tensor:
+    """Number of cells of a stride that cover an image, sides in pixels by strides."""
+    # Both are positive, so that division may round down or towards zero, whatever a format has.
+    return torch.div(size + strides - 1, strides, rounding_mode="floor")
 
 
 def prepare_for_export(model: nn.Module) -> nn.Module:

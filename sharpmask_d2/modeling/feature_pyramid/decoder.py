@@ -84,9 +84,9 @@ class SampledDecoder(nn.Module):
             extents, strides: see `FeatureTable`.
         """
         return DecoderTables(
-            FeatureTable(features, extents, strides),
-            FeatureTable([self.horizontal_coarse(x) for x in features], extents, strides),
-            FeatureTable([self.horizontal_fine(x) for x in features], extents, strides),
+            FeatureTable.from_maps(features, extents, strides),
+            FeatureTable.from_maps([self.horizontal_coarse(x) for x in features], extents, strides),
+            FeatureTable.from_maps([self.horizontal_fine(x) for x in features], extents, strides),
         )
 
     def forward(self, tables: DecoderTables, images: Tensor, windows: Tensor, classes: Optional[Tensor] = None) -> list:

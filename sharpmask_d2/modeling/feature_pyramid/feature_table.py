@@ -11,22 +11,31 @@ from torch import Tensor
 class FeatureTable:
     """The cells of all levels and images as rows of C values. Features outside an image count as zero."""
 
-    def __init__(self, maps: list[Tensor], extents: Tensor, strides: list[int]):
+    def __init__(self, rows: Tensor, sizes: Tensor, extents: Tensor, strides: Tensor):
         """
         Args:
-            maps: L maps (B, C, Y, X), fine to coarse. They cover the padded batch, and may thus be larger than an image.
+            rows: (B * cells of all levels, C), from `table_rows`.
+            sizes: (L, 2) int64, rows and columns of each level, which cover the padded batch and may thus be more than those of an image.
             extents: (B, L, 2) int64, number of rows and columns of each level that belong to each image (see
                 `windows.geometry.pyramid_sizes`).
-            strides: strides of the L levels in pixels.
+            strides: (L,) int64, strides of the levels in pixels.
+        """
+        self.rows, self.extents, self.strides = rows, extents, strides
+        self.heights, self.widths = sizes[:, 0], sizes[:, 1]
+        counts = extents.shape[0] * self.heights * self.widths
+        self.first = counts.cumsum(0) - counts
+
+    @classmethod
+    def from_maps(cls, maps: list[Tensor], extents: Tensor, strides: list[int]) -> "FeatureTable":
+        """The table of a feature pyramid.
+
+        Args:
+            maps: L maps (B, C, Y, X), fine to coarse.
+            extents, strides: see the constructor.
         """
         device = maps[0].device
-        rows = [x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps]
-        counts = torch.tensor([len(x) for x in rows])
-        self.heights, self.widths = torch.tensor([x.shape[2:] for x in maps], device=device).T
-        self.first = (counts.cumsum(0) - counts).to(device)
-        self.rows = torch.cat(rows)
-        self.extents = extents
-        self.strides = torch.tensor(strides, device=device)
+        sizes = torch.tensor([x.shape[2:] for x in maps], device=device)
+        return cls(table_rows(maps), sizes, extents, torch.tensor(strides, device=device))
 
     def sample(self, images: Tensor, levels: Tensor, windows: Tensor, size: int) -> Tensor:
         """Samples windows bilinearly at the centres of M x M equal parts.
@@ -62,7 +71,7 @@ class FeatureTable:
             per_sample_weights=weights.view(-1, 4).to(self.rows.dtype),
             mode="sum",
         )
-        return sampled.view(len(windows), size, size, self.rows.shape[1]).permute(0, 3, 1, 2)
+        return sampled.view(windows.shape[0], size, size, self.rows.shape[1]).permute(0, 3, 1, 2)
 
     def sample_windows(self, images: Tensor, windows: Tensor, size: int) -> Tensor:
         """Samples each window on the level whose cells are closest in size to one of the M x M parts of the window: see `sample`.
@@ -76,5 +85,17 @@ class FeatureTable:
             (N, C, M, M), channels last in memory.
         """
         parts = (windows[:, 2] - windows[:, 0]) / size
-        levels = (parts / self.strides[0]).clamp(min=1e-6).log2().round().long().clamp(0, len(self.strides) - 1)
+        levels = (parts / self.strides[0]).clamp(min=1e-6).log2().round().long().clamp(0, self.strides.shape[0] - 1)
         return self.sample(images, levels, windows, size)
+
+
+def table_rows(maps: list[Tensor]) -> Tensor:
+    """The cells of a feature pyramid as rows, level by level and image by image.
+
+    Args:
+        maps: L maps (B, C, Y, X), fine to coarse.
+
+    Returns:
+        (B * cells of all levels, C).
+    """
+    return torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps])

@@ -285,7 +285,7 @@ def test_samples_of_windows_equal_those_of_loops(size):
     # Many windows lie partly outside the image, and one lies wholly outside.
     windows = np.concatenate([centres - sides / 2, centres + sides / 2], axis=1)
     windows[0] = 200, 200, 220, 220
-    sampled = FeatureTable(maps, EXTENTS, STRIDES_OF_TABLE).sample(
+    sampled = FeatureTable.from_maps(maps, EXTENTS, STRIDES_OF_TABLE).sample(
         torch.tensor(images), torch.tensor(levels), torch.tensor(windows, dtype=torch.float32), size
     )
     assert sampled.shape == (30, 3, size, size)
@@ -311,7 +311,7 @@ def test_samples_of_a_linear_ramp_are_their_positions_in_the_window():
     for stride, (rows, columns) in zip([4, 8], [(20, 24), (10, 12)]):
         ys, xs = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         maps.append(torch.stack([(xs + 0.5) * stride, (ys + 0.5) * stride])[None])
-    table = FeatureTable(maps, torch.tensor([[[20, 24], [10, 12]]]), [4, 8])
+    table = FeatureTable.from_maps(maps, torch.tensor([[[20, 24], [10, 12]]]), [4, 8])
     windows = torch.tensor([[10.0, 21.0, 38.0, 63.0], [7.3, 12.9, 89.1, 70.2], [40.0, 40.0, 41.0, 41.0]])
     for level in (0, 1):
         sampled = table.sample(torch.zeros(3, dtype=torch.long), torch.full((3,), level), windows, 7)
@@ -323,7 +323,7 @@ def test_samples_of_a_linear_ramp_are_their_positions_in_the_window():
 
 def test_gradients_of_samples_reach_the_cells_that_they_are_taken_from():
     maps = [x.requires_grad_() for x in table_maps()]
-    table = FeatureTable(maps, EXTENTS, STRIDES_OF_TABLE)
+    table = FeatureTable.from_maps(maps, EXTENTS, STRIDES_OF_TABLE)
     # Samples lie at the centres of cells, in columns -2 to 2 and rows 0 to 4. Three of either belong to the image.
     window = torch.tensor([[-16.0, 0.0, 24.0, 40.0]])
     table.sample(torch.tensor([1]), torch.tensor([1]), window, 5).sum().backward()

@@ -230,7 +230,7 @@ def test_the_number_of_refined_masks_does_not_change_the_number_of_proposals(cfg
 @pytest.mark.parametrize("size", [7, 14, 28])
 def test_windows_are_sampled_on_the_level_whose_cells_have_the_closest_size(size):
     features, extents = pyramid((256, 256))
-    table = FeatureTable(features, extents, STRIDES)
+    table = FeatureTable.from_maps(features, extents, STRIDES)
     for side in (9.0, 30.0, 61.0, 100.0, 170.0, 240.0, 900.0):
         windows = torch.tensor([[20.0, 30.0, 20.0 + side, 30.0 + side]])
         level = min(range(len(STRIDES)), key=lambda i: abs(math.log2(side / size / STRIDES[i])))
