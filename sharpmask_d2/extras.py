@@ -6,7 +6,9 @@ from typing import Any
 from .errors import UserError
 
 # What pip installs for each of the extras.
-APP, INTEROP, REPORT = (f"sharpmask_d2[{name}]" for name in ("app", "interop", "report"))
+APP, INTEROP, ONNX, OPENVINO, REPORT = (
+    f"sharpmask_d2[{name}]" for name in ("app", "interop", "onnx", "openvino", "report")
+)
 
 
 def import_extra(name: str, *, requirement: str) -> Any:

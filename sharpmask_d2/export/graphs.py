@@ -82,7 +82,11 @@ class DecoderGraph(nn.Module):
             model, layout: see `EncoderGraph`.
         """
         super().__init__()
-        self.decoder, self.layout, self.divisor = model.proposal_generator.decoder, layout, model.backbone.size_divisibility
+        self.decoder, self.layout, self.divisor = (
+            model.proposal_generator.decoder,
+            layout,
+            model.backbone.size_divisibility,
+        )
         self.register_buffer("strides", torch.tensor(model.proposal_generator.strides))
 
     def forward(

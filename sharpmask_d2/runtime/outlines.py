@@ -4,8 +4,8 @@ Shape letters: N masks, M mask side in cells, P places of outlines (squares betw
 image in pixels, E edges: positions at which a mask changes between background and foreground.
 
 Bilinear interpolation is linear in y in each column of pixels between the centres of two cells. A column therefore crosses the outline at
-most once in each square between four centres, and only in squares whose four logits lie on both sides of the threshold. These squares, about
-three of a hundred, are found once on bits and give the pixels in every frame: in the image, and in the reduced image of Matrix NMS.
+most once in each square between four centres, and only in squares whose four logits lie on both sides of the threshold. These squares,
+about three of a hundred, are found once, on bits. They give the pixels in the frame of the image, and in the reduced one of Matrix NMS.
 """
 
 from typing import NamedTuple
@@ -40,7 +40,22 @@ class Edges(NamedTuple):
     def starts(self) -> np.ndarray:
         """(N + 1,) int64, index of the first edge of each mask, and E."""
         begins = np.arange(self.count + 1, dtype=np.int64) * self.per_image
-        return np.searchsorted(self.positions, begins.astype(self.positions.dtype))
+        # The end of the last mask may exceed the type of the positions.
+        return np.append(np.searchsorted(self.positions, begins[:-1].astype(self.positions.dtype)), len(self.positions))
+
+    def select(self, masks: np.ndarray) -> "Edges":
+        """The edges of some masks.
+
+        Args:
+            masks: int64 indices, in the order wanted.
+        """
+        starts = self.starts()
+        counts = np.diff(starts)[masks]
+        before = np.cumsum(counts) - counts
+        edges = np.arange(counts.sum()) + np.repeat(starts[masks] - before, counts)
+        shifts = (np.arange(len(masks)) - masks) * self.per_image
+        positions = self.positions[edges] + np.repeat(shifts, counts).astype(self.positions.dtype)
+        return self._replace(positions=positions, count=len(masks))
 
 
 def pack(logits: np.ndarray, thresholds: list[float]) -> list[np.ndarray]:
