@@ -9,9 +9,18 @@ if TYPE_CHECKING:
     from .predictor import DetectionPredictor, ProposalPredictor
     from .prompt_predictor import SharpMaskPredictor
 
-__all__ = ["DetectionPredictor", "ProposalPredictor", "SharpMaskAutomaticMaskGenerator", "SharpMaskPredictor"]
+# Number formats that networks run in.
+DTYPES = ("float32", "bfloat16")
 
-# The names of `__all__`. Modules that need neither torch nor Detectron2 are imported without the others.
+__all__ = [
+    "DTYPES",
+    "DetectionPredictor",
+    "ProposalPredictor",
+    "SharpMaskAutomaticMaskGenerator",
+    "SharpMaskPredictor",
+]
+
+# The classes of `__all__`. Modules that need neither torch nor Detectron2 are imported without the others.
 __getattr__ = load_when_asked(
     __name__,
     {
