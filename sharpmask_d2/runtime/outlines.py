@@ -68,7 +68,7 @@ def pack(logits: np.ndarray, thresholds: list[float]) -> list[np.ndarray]:
     Returns:
         For each threshold, (N, M * M / 8) uint8: bits of the cells above it, the first cell in the lowest bit.
     """
-    cells = logits.reshape(len(logits), -1)
+    cells = logits.reshape(len(logits), logits.shape[1] ** 2)
     packed = [np.empty((len(cells), cells.shape[1] // 8), np.uint8) for _ in thresholds]
     above = np.empty((_BLOCK, cells.shape[1]), bool)
     for start in range(0, len(cells), _BLOCK):

@@ -69,7 +69,9 @@ def nms(boxes: np.ndarray, thresh: float) -> np.ndarray:
     width = np.minimum(x1[better], x1[worse]) - np.maximum(x0[better], x0[worse])
     height = np.minimum(y1[better], y1[worse]) - np.maximum(y0[better], y0[worse])
     common = np.maximum(width, 0) * np.maximum(height, 0)
-    suppresses = common / (areas[better] + areas[worse] - common) > thresh
+    overlaps = common / (areas[better] + areas[worse] - common)
+    # As torchvision compares: an overlap in single with a threshold in double precision.
+    suppresses = overlaps.astype(np.float64) > thresh
     better, worse = better[suppresses], worse[suppresses]
     order = np.argsort(better, kind="stable")
     kept = [True] * len(boxes)
