@@ -24,6 +24,7 @@ SUBCOMMANDS = {
     "segment": "Segments images: every object that the model finds, or the objects in given boxes.",
     "detect": "Detects objects in images, by classifying SharpMask proposals.",
     "export": "Writes proposals or masks in the formats of labelling tools: COCO, CVAT, Label Studio, labelme, YOLO, PNG.",
+    "export-model": "Exports a model as ONNX or OpenVINO graphs, which run without torch.",
     "evaluate": "Prints the average recall (AR) of proposals on an annotated dataset.",
     "report": "Writes a report on proposals as one HTML file, with their masks and, with annotations, their recall.",
     "analyze": "Prints what the masks of proposals are like, and why objects are missed.",

@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from ..modeling.feature_pyramid.decoder import DecoderTables
 from ..modeling.feature_pyramid.feature_table import FeatureTable, table_rows
@@ -156,3 +157,15 @@ def _with_constant_weights(module: nn.Module) -> nn.Module:
         else:
             _with_constant_weights(child)
     return module
+
+
+def dynamic_shapes(graph: nn.Module) -> tuple:
+    """The dimensions of the inputs of a graph that are not fixed, as `torch.export.export` takes them."""
+    if isinstance(graph, EncoderGraph):
+        divisor = graph.backbone.size_divisibility
+        return {0: divisor * Dim("height", min=1), 1: divisor * Dim("width", min=1)}, None
+    if graph.layout == "atlas":
+        table = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    else:
+        table = {0: Dim.DYNAMIC}
+    return (table, table, table, None, {0: Dim("windows")}, {0: Dim("coarse_windows")})
