@@ -63,7 +63,7 @@ class Predictor:
         """
         pixels = to_pixels(image)
         size = pixels.shape[:2]
-        resized = _resize(pixels, self.model.min_size, self.model.max_size)
+        resized = resize(pixels, self.model.min_size, self.model.max_size)
         image_size = resized.shape[:2]
         if self.model.channels == "RGB":
             resized = resized[:, :, ::-1]
@@ -82,7 +82,7 @@ class Predictor:
         return proposals
 
 
-def _resize(pixels: np.ndarray, min_size: int, max_size: int) -> np.ndarray:
+def resize(pixels: np.ndarray, min_size: int, max_size: int) -> np.ndarray:
     """The image in the size that the model was trained for, as Detectron2's `ResizeShortestEdge` resizes it.
 
     Args:

@@ -60,7 +60,8 @@ def test_masks_equal_those_of_torch(size, side):
     assert (areas == bitmaps.sum((1, 2))).all()
     same = (bitmaps == expected).all((1, 2))
     assert (boxes[same] == masks.boxes().tensor.numpy()[same]).all()
-    assert areas[0] == 0 and areas[1] == size[0] * size[1]
+    assert areas[0] == 0
+    assert areas[1] == size[0] * size[1]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -78,7 +79,8 @@ def test_chosen_masks_are_those_of_their_numbers():
     chosen = [7, 3, 0, 59, 3]
     assert (masks.paste(np.array(chosen)) == bitmaps[chosen]).all()
     assert masks[np.array(chosen)].rle() == [rles[i] for i in chosen]
-    assert masks[-1].rle() == rles[-1:] and len(masks[:0].rle()) == 0
+    assert masks[-1].rle() == rles[-1:]
+    assert len(masks[:0].rle()) == 0
     assert masks[bitmaps.any((1, 2))].areas().tolist() == bitmaps.sum((1, 2))[bitmaps.any((1, 2))].tolist()
 
 
@@ -162,5 +164,6 @@ def test_no_windows_give_no_proposals():
     model = SimpleNamespace(mask_threshold=0.35, nms_thresh=0.5, stability=True, mask_nms=True)
     empty = np.zeros((0, 56, 56), np.float32)
     found = build_proposals(np.zeros(0, np.float32), empty, np.zeros((0, 4), np.float32), (40, 50), None, model)
-    assert found.boxes.shape == (0, 4) and found.to_results(1) == []
+    assert found.boxes.shape == (0, 4)
+    assert found.to_results(1) == []
     assert found.masks.paste().shape == (0, 40, 50)
