@@ -7,7 +7,6 @@ needs neither, and GOMP_SPINCOUNT has to be set before torch is loaded.
 import argparse
 import importlib
 import importlib.metadata
-import importlib.util
 import multiprocessing
 import os
 import sys
@@ -35,10 +34,8 @@ SUBCOMMANDS = {
     "convert-proposals": "Converts published proposals (.json, .t7) into COCO result JSON.",
     "package-model": "Packs checkpoints into one file in half precision, as the model zoo has them.",
 }
-_INSTALL = (
-    "Detectron2 is not installed: run pip install 'git+https://github.com/facebookresearch/detectron2.git', or see "
-    '"Install" in docs/getting-started.md of sharpmask_d2'
-)
+# Subcommands that run exported models without Detectron2. They check for themselves what else needs it.
+_WITHOUT_DETECTRON2 = {"propose"}
 
 
 def prepare_environment() -> None:
@@ -56,14 +53,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     # What follows the subcommand is for its own parser.
     name = _parser().parse_args(argv[:1]).subcommand
-    if importlib.util.find_spec("detectron2") is None:
-        print(_INSTALL, file=sys.stderr)
-        sys.exit(2)
     prepare_environment()
     from sharpmask_d2.cli.command import run
+    from sharpmask_d2.extras import check_detectron2
 
-    subcommand = importlib.import_module(f"sharpmask_d2.cli.{name.replace('-', '_')}")
-    run(lambda: subcommand.main(argv[1:]))
+    def start() -> Optional[int]:
+        if name not in _WITHOUT_DETECTRON2:
+            check_detectron2()
+        return importlib.import_module(f"sharpmask_d2.cli.{name.replace('-', '_')}").main(argv[1:])
+
+    run(start)
 
 
 def _parser() -> argparse.ArgumentParser:

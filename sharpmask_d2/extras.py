@@ -1,12 +1,19 @@
 """Imports the libraries of the package's extras when they are asked for."""
 
 import importlib
+import importlib.util
 from typing import Any
 
 from .errors import UserError
 
 # What pip installs for each of the extras.
-APP, EXPORT, INTEROP, REPORT = (f"sharpmask_d2[{name}]" for name in ("app", "export", "interop", "report"))
+APP, EXPORT, INTEROP, ONNX, OPENVINO, REPORT, TORCH = (
+    f"sharpmask_d2[{name}]" for name in ("app", "export", "interop", "onnx", "openvino", "report", "torch")
+)
+_DETECTRON2 = (
+    "Detectron2 is not installed: run pip install 'git+https://github.com/facebookresearch/detectron2.git', or see "
+    '"Install" in docs/getting-started.md of sharpmask_d2'
+)
 
 
 def import_extra(name: str, *, requirement: str) -> Any:
@@ -30,3 +37,13 @@ def import_extra(name: str, *, requirement: str) -> Any:
         if error.name is None or error.name.partition(".")[0] != library:
             raise
         raise UserError(f"{library} is not installed: run pip install '{requirement}'") from None
+
+
+def check_detectron2() -> None:
+    """Checks that Detectron2 is there, before anything that needs it is imported.
+
+    Raises:
+        UserError: it is not installed; the message says how to install it.
+    """
+    if importlib.util.find_spec("detectron2") is None:
+        raise UserError(_DETECTRON2)

@@ -7,11 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, Optional
 
-import torch
-
 from ..console import console
 from ..errors import UserError
-from ..inference.preparation import DTYPES
+from ..inference import DTYPES
 
 _INTERRUPTED = 130
 
@@ -147,4 +145,6 @@ def set_threads(threads: Optional[int]) -> None:
         threads: number of threads; None keeps the number that torch has chosen.
     """
     if threads:
+        import torch
+
         torch.set_num_threads(threads)

@@ -2,6 +2,9 @@
 
     sharpmask propose --input photographs/ --output proposals.json --visualize pictures/
     sharpmask propose --annotations instances.json --image-root images/ --output proposals.json
+    sharpmask propose --model-folder exported/ --input photographs/ --output proposals.json
+
+The third line runs a model that `sharpmask export-model` has written, without torch and without Detectron2.
 
 Images given by --input are numbered from 1 in the order of their names, and every result also has the file_name. Folders are searched
 with their sub-folders; hidden files are skipped. An image that cannot be processed is named and left out, and the exit status is 1.
@@ -13,7 +16,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Optional
 
-from ..inference.propose import compute_proposals
+from ..extras import check_detectron2
 from ..model_zoo import DEFAULT
 from .command import (
     add_console_options,
@@ -26,6 +29,16 @@ from .command import (
     positive,
     set_threads,
 )
+
+# Attribute of the arguments -> option that an exported model does not have.
+_TRAINED_ONLY = {
+    "model": "--model",
+    "config_file": "--config-file",
+    "weights": "--weights",
+    "dtype": "--dtype",
+    "compiled": "--compile",
+    "opts": "KEY VALUE",
+}
 
 
 def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -53,9 +66,14 @@ def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     add_threads_option(parser)
     add_console_options(parser)
     add_model_options(parser, default=DEFAULT)
+    parser.add_argument("--model-folder", metavar="DIR", help="exported model, instead of a packaged model")
     args = parser.parse_intermixed_args(argv)
     if args.annotations and not args.image_root:
         parser.error("--annotations needs --image-root")
+    if args.model_folder:
+        for name, option in _TRAINED_ONLY.items():
+            if getattr(args, name) not in (parser.get_default(name), []):
+                parser.error(f"{option} cannot be combined with --model-folder: the exported model has its own")
     return args
 
 
@@ -69,6 +87,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         Exit status: 1 if an image failed, else 0.
     """
     args = vars(_parse_args(argv))
+    if args["model_folder"]:
+        from ..runtime.propose import compute_proposals as compute_exported
+
+        exported = {name: value for name, value in args.items() if name not in _TRAINED_ONLY}
+        with console_of(exported):
+            return compute_exported(**exported)
+    check_detectron2()
+    from ..inference.propose import compute_proposals
+
+    del args["model_folder"]
     set_threads(args.pop("threads"))
     with console_of(args):
         return compute_proposals(**args)

@@ -7,14 +7,12 @@ import logging
 import os
 import reprlib
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Optional, Union
-
-from detectron2.data.datasets import load_coco_json
-from detectron2.utils.file_io import PathManager
-from pycocotools.coco import COCO
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ..errors import UserError
-from ..structures.coco_masks import MaskError, check_masks
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 # COCO's evaluation assigns an object with a larger area to no range of sizes.
 _MAX_AREA = 1e10
@@ -82,7 +80,7 @@ def load_images(path: Union[str, os.PathLike]) -> list[ListedImage]:
     return [ListedImage(image["id"], image["file_name"]) for image in content["images"]]
 
 
-def load_annotations(path: Union[str, os.PathLike]) -> COCO:
+def load_annotations(path: Union[str, os.PathLike]) -> "COCO":
     """Read a COCO annotation file for pycocotools and check it, see `check_annotations`.
 
     Args:
@@ -92,6 +90,9 @@ def load_annotations(path: Union[str, os.PathLike]) -> COCO:
         FileNotFoundError: the file does not exist.
         AnnotationError: the file is not a COCO annotation file, or a field is not valid.
     """
+    # Only the list of images is read without pycocotools and Detectron2.
+    from pycocotools.coco import COCO
+
     source = os.fspath(path)
     content = _load(source)
     check_annotations(content, source)
@@ -102,7 +103,7 @@ def load_annotations(path: Union[str, os.PathLike]) -> COCO:
     return coco
 
 
-def image_size(coco: COCO, image_id: Union[int, str]) -> Optional[tuple[int, int]]:
+def image_size(coco: "COCO", image_id: Union[int, str]) -> Optional[tuple[int, int]]:
     """(height, width) of an image in pixels, or None if the annotation file does not say it."""
     image = coco.imgs[image_id]
     return (image["height"], image["width"]) if image.get("height") and image.get("width") else None
@@ -123,6 +124,9 @@ def load_records(json_file: str, image_root: str, name: Optional[str] = None) ->
         FileNotFoundError: the file does not exist.
         AnnotationError: see `load_annotations`; also if Detectron2 cannot read the file for another reason.
     """
+    from detectron2.data.datasets import load_coco_json
+    from detectron2.utils.file_io import PathManager
+
     source = PathManager.get_local_path(json_file)
     try:
         records = load_coco_json(json_file, image_root, name)
@@ -256,6 +260,8 @@ def _check_objects(
         objects: (annotation, what messages call it, (height, width) of its image in pixels or None) of each annotation.
         needed: fields that must not be missing; none by default.
     """
+    from ..structures.coco_masks import MaskError, check_masks
+
     masks, places, sizes = [], [], []
     for annotation, where, size in objects:
         for key, (is_right, expected) in _CHECKS.items():

@@ -4,13 +4,11 @@ Shape letters: H W image.
 """
 
 import os
+import sys
 from pathlib import Path
-from typing import Union
+from typing import Any, BinaryIO, Union
 
 import numpy as np
-import torch
-from detectron2.data import detection_utils
-from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from ..errors import UserError
@@ -18,6 +16,17 @@ from ..errors import UserError
 # Modes of 16-bit grey images. Before Pillow 11, some formats have the mode of 32-bit integers instead.
 _16_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _16_BITS_AT_MOST = ("PNG", "PPM")
+# EXIF orientation, a number in entry 0x0112 -> what turns the image upright.
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.FLIP_LEFT_RIGHT,
+    3: Image.ROTATE_180,
+    4: Image.FLIP_TOP_BOTTOM,
+    5: Image.TRANSPOSE,
+    6: Image.ROTATE_270,
+    7: Image.TRANSVERSE,
+    8: Image.ROTATE_90,
+}
 _TO_8_BITS = "convert it to 8 bits, 0 for black and 255 for white"
 
 
@@ -55,8 +64,8 @@ def read_image(path: Union[str, Path], format: str = "BGR") -> np.ndarray:
         ImageError: the file does not exist, is not an image, is broken, or has values without a fixed white; the message names the file.
     """
     try:
-        with PathManager.open(str(path), "rb") as file, Image.open(file) as image:
-            pixels = _pixels(detection_utils._apply_exif_orientation(image), image.format, format)
+        with _open(path) as file, Image.open(file) as image:
+            pixels = _pixels(_upright(image), image.format, format)
     except FileNotFoundError:
         raise ImageError("there is no such file", path) from None
     except Image.UnidentifiedImageError:
@@ -89,7 +98,7 @@ def to_pixels(image: Union[np.ndarray, str, Path, Image.Image]) -> np.ndarray:
         return read_image(image)
     if isinstance(image, Image.Image):
         return _pixels(image, image.format, "BGR")
-    if isinstance(image, torch.Tensor):
+    if _is_tensor(image):
         raise ImageError(
             f"the image is a tensor of shape {tuple(image.shape)}: give a numpy array of shape (height, width, 3), uint8, in BGR order"
         )
@@ -115,4 +124,29 @@ def _pixels(image: Image.Image, file_format: Union[str, None], channels: str) ->
     elif image.mode in ("I", "F"):
         kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
         raise ImageError(f"the image has {kind} as values, which have no fixed white: {_TO_8_BITS}")
-    return np.ascontiguousarray(detection_utils.convert_PIL_to_numpy(image, channels))
+    pixels = np.asarray(image.convert("RGB"))
+    return np.ascontiguousarray(pixels if channels == "RGB" else pixels[:, :, ::-1])
+
+
+def _open(path: Union[str, Path]) -> BinaryIO:
+    if "://" not in str(path):
+        return open(path, "rb")
+    # An address of Detectron2's, such as detectron2://...
+    from detectron2.utils.file_io import PathManager
+
+    return PathManager.open(str(path), "rb")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image, rotated by its EXIF orientation."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    # Pillow raises nearly any exception for broken EXIF data, whose image is intact.
+    except Exception:
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _is_tensor(value: Any) -> bool:
+    """Whether a value is a tensor of torch, which there can be only if torch is loaded."""
+    return "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor)

@@ -16,7 +16,6 @@ from ..data.failed_images import FailedImages
 from ..data.images import read_image
 from ..io.fingerprint import digest_file
 from ..io.proposal_files import ProposalWriter
-from ..visualization import name_pictures, write_picture
 
 # Suffixes of the files in folders that count as images. Pillow reads AVIF from version 11.3 on.
 _SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif", ".avif"}
@@ -148,7 +147,12 @@ def process_images(
         The finished images in their order, as `ProposalWriter.finish` takes them, and the images that failed.
     """
     failed = FailedImages()
-    names = name_pictures(images) if pictures and draw else [None] * len(images)
+    names: Sequence[Optional[str]] = [None] * len(images)
+    if pictures and draw:
+        # Only pictures need OpenCV.
+        from ..visualization import name_pictures, write_picture
+
+        names = name_pictures(images)
     keys = _known_keys(images, writer, more_input)
     if keys:
         print_status(f"{len(keys)} of {len(images)} images are done already, in {writer.partial}")

@@ -8,9 +8,8 @@ from torch import nn
 
 from ..errors import UserError
 from ..modeling.layers import fold_batch_norm
+from . import DTYPES
 from .fused import can_fuse, fuse_layers
-
-DTYPES = ("float32", "bfloat16")
 
 
 def prepare_for_inference(model: nn.Module, dtype: str = "float32", *, compiled: bool = False) -> nn.Module:

@@ -3,21 +3,15 @@
 from collections.abc import Sequence
 from typing import Any, Optional
 
-import numpy as np
-
 from .. import __version__
 from ..io.fingerprint import config_settings
 from ..io.outputs import check_outputs
 from ..io.proposal_files import to_results
-from ..visualization import choose_distinct, draw_masks
 from .caching import keep_between_images
 from .configuration import build_config
-from .image_files import Work, find_images, report_command, run_images
+from .image_files import Work, find_images
 from .predictor import ProposalPredictor
-
-# Maximum number of proposals that a picture shows, chosen among the best of the image.
-_SHOWN = 8
-_BEST = 200
+from .proposal_run import run_proposals
 
 
 def compute_proposals(
@@ -70,24 +64,14 @@ def compute_proposals(
         predictor = ProposalPredictor(cfg, dtype=dtype, compiled=compiled)
         return lambda image, pixels: to_results(predictor(pixels), image.image_id, **image.extra)
 
-    def describe(count: int, num_images: int) -> str:
-        return f"wrote {count} proposals of {num_images} images: {output}" + (f", {pkl}" if pkl else "")
-
-    return run_images(
+    return run_proposals(
         images,
-        output,
         settings,
         prepare,
-        desc="proposals",
-        describe=describe,
-        next_command=report_command(output, images, None if input else annotations, image_root),
-        draw=_draw_proposals,
-        pictures=visualize,
-        pickle_path=pkl,
-        pickle_masks=pkl_masks,
+        output=output,
+        annotations=None if input else annotations,
+        image_root=image_root,
+        visualize=visualize,
+        pkl=pkl,
+        pkl_masks=pkl_masks,
     )
-
-
-def _draw_proposals(pixels: np.ndarray, results: list[dict[str, Any]]) -> np.ndarray:
-    rles = [result["segmentation"] for result in results[:_BEST]]
-    return draw_masks(pixels, [rles[i] for i in choose_distinct(rles, _SHOWN)])

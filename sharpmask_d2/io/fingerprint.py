@@ -4,11 +4,10 @@ import hashlib
 import os
 import uuid
 from pathlib import Path
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
-import yaml
-from detectron2.config import CfgNode
-from detectron2.utils.file_io import PathManager
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
 
 
 def digest_file(path: Union[str, os.PathLike]) -> str:
@@ -27,7 +26,7 @@ def digest_file(path: Union[str, os.PathLike]) -> str:
     return digest.hexdigest()
 
 
-def config_settings(cfg: CfgNode) -> dict[str, Any]:
+def config_settings(cfg: "CfgNode") -> dict[str, Any]:
     """All settings of a config in a form that can be compared.
 
     Args:
@@ -37,6 +36,9 @@ def config_settings(cfg: CfgNode) -> dict[str, Any]:
         Nested dicts of plain values. The value of a key WEIGHTS is the digest of the file's content, so that a file may move. If
         MODEL.WEIGHTS is empty, weights are random and the value differs in every call.
     """
+    # Runs without a config need no yaml.
+    import yaml
+
     settings = yaml.safe_load(cfg.dump())
     _digest_weights(settings)
     if not cfg.MODEL.WEIGHTS:
@@ -45,6 +47,8 @@ def config_settings(cfg: CfgNode) -> dict[str, Any]:
 
 
 def _digest_weights(settings: dict[str, Any]) -> None:
+    from detectron2.utils.file_io import PathManager
+
     for key, value in settings.items():
         if isinstance(value, dict):
             _digest_weights(value)

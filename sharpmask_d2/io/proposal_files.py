@@ -13,23 +13,27 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator, KeysView, Sequence
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import numpy as np
-from detectron2.structures import BoxMode, Instances
 
 from ..errors import UserError
 from .fingerprint import changed_settings
 from .outputs import PARTIAL, OutputError, open_locked, open_output
+
+if TYPE_CHECKING:
+    from detectron2.structures import Instances
 
 # An image is known by its id or by a text.
 Key = Union[int, str]
 
 # Maximum number of changed settings that a message names.
 _NAMED = 4
+# Detectron2's BoxMode.XYXY_ABS. This module works without Detectron2.
+_XYXY_ABS = 0
 
 
-def to_results(proposals: Instances, image_id: Key, **extra: Any) -> list[dict]:
+def to_results(proposals: "Instances", image_id: Key, **extra: Any) -> list[dict]:
     """The proposals of an image as COCO results.
 
     Args:
@@ -41,9 +45,26 @@ def to_results(proposals: Instances, image_id: Key, **extra: Any) -> list[dict]:
         N dicts with image_id, category_id 1, bbox (x, y, width, height in pixels), score (probability) and segmentation (compressed RLE
         as text).
     """
-    boxes = BoxMode.convert(proposals.proposal_boxes.tensor.cpu(), BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
+    boxes = proposals.proposal_boxes.tensor.cpu().numpy()
     scores = proposals.objectness_logits.double().sigmoid().tolist()
-    rles = proposals.proposal_masks.rle()
+    return make_results(boxes, scores, proposals.proposal_masks.rle(), image_id, **extra)
+
+
+def make_results(
+    boxes: np.ndarray, scores: Sequence[float], rles: Sequence[dict], image_id: Key, **extra: Any
+) -> list[dict]:
+    """The proposals of an image as COCO results.
+
+    Args:
+        boxes: (N, 4) float32 XYXY in pixels.
+        scores: N probabilities.
+        rles: N masks as compressed RLE, with counts as text.
+        image_id, extra: see `to_results`.
+
+    Returns:
+        See `to_results`.
+    """
+    corners_and_sides = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
     return [
         {
             "image_id": image_id,
@@ -53,7 +74,7 @@ def to_results(proposals: Instances, image_id: Key, **extra: Any) -> list[dict]:
             "score": score,
             "segmentation": rle,
         }
-        for box, score, rle in zip(boxes, scores, rles)
+        for box, score, rle in zip(corners_and_sides, scores, rles)
     ]
 
 
@@ -279,7 +300,7 @@ def write_pickle(entries: Iterable[dict[str, Any]], path: str, *, masks: bool = 
         UserError: masks are asked for, but a result has no segmentation, or not one in compressed RLE of the image's size.
         OutputError: the file cannot be written.
     """
-    content: dict[str, Any] = {"ids": [], "boxes": [], "objectness_logits": [], "bbox_mode": int(BoxMode.XYXY_ABS)}
+    content: dict[str, Any] = {"ids": [], "boxes": [], "objectness_logits": [], "bbox_mode": _XYXY_ABS}
     joined = []
     for entry in entries:
         results = entry["results"]

@@ -5,15 +5,13 @@ of a config file relative to configs/, such as "deepmask_R_50.yaml" or "lazy/sha
 """
 
 from pathlib import Path, PurePosixPath
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
-import torch
-from detectron2.config import CfgNode, LazyConfig, instantiate
-from detectron2.modeling import build_model
-
-from ..checkpoint import SafeCheckpointer, StrictCheckpointer
-from ..config import check_device, read_config
 from ..errors import UserError
+
+# The names of the models are known without torch and Detectron2.
+if TYPE_CHECKING:
+    import torch
 
 _FOLDER = Path(__file__).resolve().parent
 # In the wheel they lie beside the packaged models, in the repository at its top.
@@ -85,10 +83,14 @@ def get_config(name: str = DEFAULT, trained: Optional[bool] = None) -> Any:
     file = get_config_file(name)
     weights = packaged_weights(name) if trained or (trained is None and name in _WEIGHTS) else None
     if file.endswith(".py"):
+        from detectron2.config import LazyConfig
+
         cfg = LazyConfig.load(file)
         if weights:
             cfg.train.init_checkpoint = weights
         return cfg
+    from ..config import read_config
+
     cfg = read_config(file)
     if weights:
         cfg.MODEL.WEIGHTS = weights
@@ -96,7 +98,7 @@ def get_config(name: str = DEFAULT, trained: Optional[bool] = None) -> Any:
     return cfg
 
 
-def get(name: str = DEFAULT, trained: Optional[bool] = None, device: Optional[str] = None) -> torch.nn.Module:
+def get(name: str = DEFAULT, trained: Optional[bool] = None, device: Optional[str] = None) -> "torch.nn.Module":
     """Builds a model and loads its weights, as `detectron2.model_zoo.get` does.
 
     Args:
@@ -111,6 +113,12 @@ def get(name: str = DEFAULT, trained: Optional[bool] = None, device: Optional[st
         FileNotFoundError: the checkpoint that the config names does not exist.
         UserError: see `get_config`; or there is no such device, or the weights do not fit the model.
     """
+    from detectron2.config import CfgNode, instantiate
+    from detectron2.modeling import build_model
+
+    from ..checkpoint import SafeCheckpointer, StrictCheckpointer
+    from ..config import check_device
+
     cfg = get_config(name, trained)
     where = device or default_device()
     if isinstance(cfg, CfgNode):
@@ -143,4 +151,6 @@ def packaged_weights(name: str) -> str:
 
 def default_device() -> str:
     """Returns the device that packaged models run on: "cuda" if torch finds a GPU, else "cpu"."""
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"

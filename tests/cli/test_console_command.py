@@ -101,10 +101,11 @@ def test_mistakes_of_the_user_end_in_one_line(arguments, message, tmp_path, monk
     assert not usage or usage[0].startswith("usage: sharpmask")
 
 
-def test_a_missing_detectron2_is_answered_with_how_to_install_it(monkeypatch, capsys):
+@pytest.mark.parametrize("arguments", [["segment", "--help"], ["propose", "--input", "a.jpg", "--output", "o.json"]])
+def test_a_missing_detectron2_is_answered_with_how_to_install_it(arguments, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as ended:
-        sharpmask_command.main(["propose", "--help"])
+        sharpmask_command.main(arguments)
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "Detectron2 is not installed" in line
