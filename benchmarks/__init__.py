@@ -7,6 +7,7 @@ from .growth import measure_growth, plot_growth
 from .limits import best_rates, count_operations
 from .memory import forget_peak, peak_megabytes
 from .proposals import ProposalRun
+from .runtimes import time_runtimes
 from .sampler import time_sampler
 from .stages import STAGES, StageClock
 from .training import TrainingRun
@@ -30,5 +31,6 @@ __all__ = [
     "plot_growth",
     "time_detector",
     "time_encoding",
+    "time_runtimes",
     "time_sampler",
 ]

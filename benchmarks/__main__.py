@@ -1,6 +1,7 @@
 """Measures speed and memory of proposals, of their evaluation, of training, of cutting training patches, and of detectors.
 
     python -m benchmarks proposals --model sharpmask_bifpn_lite0 --config-file configs/sharpmask_R_50.yaml --dtype float32 bfloat16
+    python -m benchmarks runtimes --model-folder exported/ --model-folder exported_int8/ --annotations instances.json --image-root images
     python -m benchmarks growth --model sharpmask_bifpn_lite0 --model sharpmask_lite0 --dtype bfloat16 --plot growth.png
     python -m benchmarks evaluation
     python -m benchmarks training --config-file configs/deepmask_lite0.yaml --config-file configs/sharpmask_bifpn_lite0.yaml
@@ -31,6 +32,7 @@ from sharpmask_d2.config import merge_file, merge_options, read_config
 from sharpmask_d2.errors import UserError
 from sharpmask_d2.evaluation.proposal_evaluation import write_json
 from sharpmask_d2.inference.caching import keep_between_images
+from sharpmask_d2.inference.image_files import list_annotated
 from sharpmask_d2.inference.preparation import DTYPES
 from sharpmask_d2.io.outputs import OutputError, check_outputs
 from sharpmask_d2.modeling.meta_arch import ALONE, ARCHITECTURE
@@ -45,6 +47,7 @@ from . import (
     plot_growth,
     time_detector,
     time_encoding,
+    time_runtimes,
     time_sampler,
 )
 
@@ -57,6 +60,9 @@ def parse_args() -> argparse.Namespace:
     sampler.add_argument("--image-root", required=True, help="folder of the images")
     sampler.add_argument("--batches", type=positive, default=20, help="timed batches, after one that is not")
     proposals = commands.add_parser("proposals", help="seconds and memory per image")
+    runtimes = commands.add_parser(
+        "runtimes", help="seconds, memory and recall of exported models, beside the model in torch"
+    )
     growth = commands.add_parser("growth", help="seconds per image, as image, scales, proposals and batch grow")
     evaluation = commands.add_parser("evaluation", help="seconds for encoding and evaluating an image's proposals")
     training = commands.add_parser("training", help="seconds per step, patches and images per second")
@@ -77,6 +83,16 @@ def parse_args() -> argparse.Namespace:
     )
     growth.add_argument("--plot", help="draw the curves into this picture")
     growth.add_argument("--dtype", default="float32", **dtypes)
+    runtimes.add_argument("--model", default=model_zoo.DEFAULT, choices=model_zoo.names(), help="packaged model")
+    runtimes.add_argument("--dtype", nargs="*", default=["float32"], **dtypes)
+    runtimes.add_argument("--model-folder", action="append", default=[], help="exported model; may be repeated")
+    runtimes.add_argument("--annotations", required=True, help="COCO annotation file of the photographs")
+    runtimes.add_argument("--image-root", required=True, help="folder of the photographs")
+    runtimes.add_argument(
+        "--timed", type=positive, default=20, help="photographs that are timed; recall is that of all"
+    )
+    runtimes.add_argument("--no-recall", action="store_true", help="only time")
+    runtimes.add_argument("--num-proposals", type=int, nargs="+", default=[0], help="default: that of the model")
     evaluation.add_argument("--num-proposals", type=positive, default=1000)
     evaluation.add_argument("--num-objects", type=positive, default=10)
     proposals.add_argument("--num-proposals", type=int, nargs="+", default=[0], help="default: that of the config")
@@ -98,7 +114,7 @@ def parse_args() -> argparse.Namespace:
         command.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values: KEY VALUE ...")
     args = parser.parse_args()
     files = getattr(args, "config_file", None)
-    if isinstance(files, list) and not files + getattr(args, "model", []):
+    if args.command != "runtimes" and isinstance(files, list) and not files + getattr(args, "model", []):
         parser.error("name a --model or a --config-file")
     files = files if isinstance(files, list) else [files]
     inputs = [*files, *(getattr(args, name, None) for name in ("weights", "annotations", "image_root"))]
@@ -188,6 +204,19 @@ def benchmark_detector(args: argparse.Namespace) -> dict:
     )
 
 
+def benchmark_runtimes(args: argparse.Namespace) -> dict:
+    images = [(image.image_id, image.path) for image in list_annotated(args.annotations, args.image_root)]
+    sources = [*((args.model, dtype) for dtype in args.dtype), *((folder, None) for folder in args.model_folder)]
+    rows = time_runtimes(
+        sources,
+        images,
+        None if args.no_recall else args.annotations,
+        num_proposals=args.num_proposals,
+        num_timed=args.timed,
+    )
+    return {"rates": {}, "runs": rows}
+
+
 def read_configs(args: argparse.Namespace) -> list:
     """(name, config) of each model that makes proposals alone."""
     configs = [(name, merged(model_zoo.get_config(name), args.opts)) for name in args.model]
@@ -236,6 +265,7 @@ def main() -> None:
     commands = {
         "sampler": (benchmark_sampler, print_figures),
         "proposals": (benchmark_proposals, print_runs),
+        "runtimes": (benchmark_runtimes, print_runs),
         "growth": (benchmark_growth, print_growth),
         "evaluation": (benchmark_evaluation, print_figures),
         "training": (benchmark_training, print_runs),
