@@ -82,6 +82,21 @@ def photographs(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """The folder of the default model as ONNX graphs, for small images: shorter side 128 pixels, longer side at most 192."""
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(library)
+    # Loaded only where models are exported.
+    from sharpmask_d2.export import export_model
+    from sharpmask_d2.model_zoo import DEFAULT
+
+    folder = tmp_path_factory.mktemp("exported")
+    sides = ["INPUT.MIN_SIZE_TEST", "128", "INPUT.MAX_SIZE_TEST", "192"]
+    export_model(output=str(folder), to="onnx", model=DEFAULT, opts=sides)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of reference data and weights beside the repository; tests that need it are skipped without it."""
     path = ROOT.parent / "shared"

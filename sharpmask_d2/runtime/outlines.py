@@ -94,7 +94,7 @@ class Outlines:
         places = _mixed_squares(bits, side).astype(np.int32)
         flat = logits.reshape(-1)
         # The logits of the four cells: upper left, upper right, lower left, lower right.
-        self.corners = [flat[places + step] for step in (0, 1, side, side + 1)]
+        self.corners = [flat[step:].take(places) for step in (0, 1, side, side + 1)]
         row = places // side
         self.mask = row // side
         # Row and column of the upper left cell, and its column among those of all masks.

@@ -72,6 +72,14 @@ def test_prompts(folder):
     assert names["masks"][0, 0, 60, 80]
 
 
+def test_export(folder, exported):
+    Path("exported").symlink_to(exported)
+    names = run(snippets("docs/export.md"), "docs/export.md")
+    assert names["masks"].shape == (1, 56, 56)
+    assert names["bitmaps"].shape == (10, 120, 160)
+    assert len(names["rles"]) == 10
+
+
 def test_labelling(folder):
     pytest.importorskip("supervision", reason="the page shows masks as detections of supervision")
     rle = {"size": [120, 160], "counts": "0`1`fb0"}  # the first 48 pixels of the first column

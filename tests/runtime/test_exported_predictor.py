@@ -46,6 +46,7 @@ def draw(size: tuple) -> np.ndarray:
 @pytest.fixture(scope="module")
 def predictors(exported):
     cfg = model_zoo.get_config()
+    # As the fixture `exported` has them.
     sides = ["INPUT.MIN_SIZE_TEST", 128, "INPUT.MAX_SIZE_TEST", 192]
     merge_options(
         cfg, tuple(map(str, ["MODEL.DEVICE", "cpu", "MODEL.SHARPMASK.TEST.NUM_PROPOSALS", NUM_PROPOSALS, *sides]))
