@@ -10,7 +10,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from sharpmask_d2.data.images import read_image
-from sharpmask_d2.evaluation import evaluate_proposal_json
+from sharpmask_d2.evaluation.proposal_evaluation import evaluate_proposal_json
 from sharpmask_d2.inference.configuration import build_config
 from sharpmask_d2.inference.predictor import ProposalPredictor
 from sharpmask_d2.io.proposal_files import to_results
