@@ -6,7 +6,7 @@ from typing import Any
 from .errors import UserError
 
 # What pip installs for each of the extras.
-APP, INTEROP, REPORT = (f"sharpmask_d2[{name}]" for name in ("app", "interop", "report"))
+APP, INTEROP, RAY, REPORT = (f"sharpmask_d2[{name}]" for name in ("app", "interop", "ray", "report"))
 
 
 def import_extra(name: str, *, requirement: str) -> Any:

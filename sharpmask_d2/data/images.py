@@ -3,9 +3,10 @@
 Shape letters: H W image.
 """
 
+import io
 import os
 from pathlib import Path
-from typing import Union
+from typing import Optional, Union
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class ImageError(UserError):
         self.reason = reason
 
 
-def read_image(path: Union[str, Path], format: str = "BGR") -> np.ndarray:
+def read_image(path: Union[str, Path], format: str = "BGR", *, content: Optional[bytes] = None) -> np.ndarray:
     """Read an image file of any format that Pillow reads.
 
     As in Detectron2's `read_image`, the image is rotated by its EXIF orientation, and an alpha channel is dropped. Of 16-bit values the
@@ -47,6 +48,7 @@ def read_image(path: Union[str, Path], format: str = "BGR") -> np.ndarray:
     Args:
         path: of the file.
         format: order of the channels, "BGR" (default) or "RGB".
+        content: of the file, if it has been read already; `path` then only names it in messages. Default: None.
 
     Returns:
         (H, W, 3) uint8.
@@ -55,7 +57,8 @@ def read_image(path: Union[str, Path], format: str = "BGR") -> np.ndarray:
         ImageError: the file does not exist, is not an image, is broken, or has values without a fixed white; the message names the file.
     """
     try:
-        with PathManager.open(str(path), "rb") as file, Image.open(file) as image:
+        opened = PathManager.open(str(path), "rb") if content is None else io.BytesIO(content)
+        with opened as file, Image.open(file) as image:
             pixels = _pixels(detection_utils._apply_exif_orientation(image), image.format, format)
     except FileNotFoundError:
         raise ImageError("there is no such file", path) from None
