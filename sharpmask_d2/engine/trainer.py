@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -175,6 +176,11 @@ class Trainer(DefaultTrainer):
         self.checkpointer = SafeCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         seeding = [_SeedStep(self.cfg.SEED)] if self.cfg.SEED >= 0 else []
         return seeding + super().build_hooks()
+
+    def after_train(self) -> None:
+        # Detectron2 calls it after an error, too. A process that failed in the last step would then wait for the others in the evaluation.
+        if comm.get_world_size() == 1 or sys.exc_info()[0] is None:
+            super().after_train()
 
     def build_writers(self) -> list[EventWriter]:
         return [*super().build_writers(), _PatchPrinter()]

@@ -74,3 +74,58 @@ def _sum_of_ranks(rank: int, script: str) -> tuple:
 def test_the_launcher_connects_the_processes(tmp_path):
     (tmp_path / "script.py").write_text("")
     assert in_two_processes(_sum_of_ranks, str(tmp_path / "script.py"), folder=tmp_path) == [(3, 0, 2), (3, 1, 2)]
+
+
+DYING = """
+import os
+import signal
+import sys
+from sharpmask_d2.cli import train
+from sharpmask_d2.cli.command import run
+
+class Dying(train.Trainer):
+    def run_step(self):
+        if self.iter == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().run_step()
+
+train.Trainer = Dying
+run(lambda: train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_training_which_one_process_continues(options, tiny_cfg, tmp_path):
+    (tmp_path / "script.py").write_text(DYING)
+    changes = ["SOLVER.MAX_ITER", "5", "SOLVER.CHECKPOINT_PERIOD", "2"]
+    done = torchrun(tmp_path / "script.py", *options, *changes)
+    assert done.returncode != 0
+    # torchrun may end the other process before it notices that its connection is lost.
+    assert done.stdout.count("rank 0: another process of the training has ended") <= 1
+    # torchrun names the process that died first.
+    assert "Signal 9 (SIGKILL)" in done.stdout.partition("Root Cause")[2]
+    folder = Path(tiny_cfg.OUTPUT_DIR)
+    assert (folder / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert train.main([*options, "--resume", *changes]) == 0
+    final = torch.load(folder / "model_final.pth", weights_only=False)
+    assert final["iteration"] == 4
+
+
+def _fail_in_one_process(rank: int, options: list) -> str:
+    class Failing(Trainer):
+        def run_step(self):
+            # The last step, after which Detectron2 evaluates.
+            if self.iter == 1 and rank == 1:
+                raise OSError("the disk is gone")
+            super().run_step()
+
+    train.Trainer = Failing
+    with pytest.raises((OSError, UserError)) as raised:
+        train.main(options)
+    return str(raised.value)
+
+
+def test_an_error_in_one_process_ends_the_others(options, tmp_path):
+    first, second = in_two_processes(_fail_in_one_process, options, folder=tmp_path)
+    assert first.startswith("another process of the training has ended: its own error says why")
+    assert second == "the disk is gone"

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -56,13 +57,18 @@ def in_two_processes(work: Callable, *arguments: Any, folder) -> list:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=240)
+        process.join(timeout=120)
     assert [process.exitcode for process in processes] == [0, 0]
     return [torch.load(folder / f"{rank}.pth", weights_only=False) for rank in (0, 1)]
 
 
 def _work(rank: int, port: int, folder, work: Callable, arguments: tuple) -> None:
-    os.environ.update(torchrun_environment(rank, port))
-    join_processes("cpu")
-    torch.save(work(rank, *arguments), folder / f"{rank}.pth")
-    torch.distributed.destroy_process_group()
+    try:
+        os.environ.update(torchrun_environment(rank, port))
+        join_processes("cpu")
+        torch.save(work(rank, *arguments), folder / f"{rank}.pth")
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    # At once, as a process that dies: a process with an error could wait for the other one when it ends its connections.
+    os._exit(0)
