@@ -1,4 +1,4 @@
-"""Computes the proposals of millions of images with Ray, on one machine or a cluster, and writes them as Parquet.
+"""Computes the proposals of millions of images with Ray, on one machine or a cluster.
 
     sharpmask bulk --input photographs/ --output results --actors 4 --num-cpus 2
     sharpmask bulk --parquet s3://bucket/list.parquet --output s3://bucket/results --address auto --actors 8 64 --num-gpus 1
