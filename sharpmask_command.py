@@ -21,6 +21,7 @@ if multiprocessing.current_process().name != "MainProcess":
 # Subcommand -> its line in `sharpmask --help`, which is the first line of the docstring of its module.
 SUBCOMMANDS = {
     "propose": "Computes segment proposals of images and writes them as COCO result JSON.",
+    "bulk": "Computes the proposals of millions of images with Ray, on one machine or a cluster.",
     "segment": "Segments images: every object that the model finds, or the objects in given boxes.",
     "detect": "Detects objects in images, by classifying SharpMask proposals.",
     "export": "Writes proposals or masks in the formats of labelling tools: COCO, CVAT, Label Studio, labelme, YOLO, PNG.",

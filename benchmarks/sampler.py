@@ -22,7 +22,7 @@ def time_sampler(cfg: CfgNode, *, annotations: str, image_root: str, batches: in
     torch.set_num_threads(1)
     dicts = [d for d in load_coco_json(annotations, image_root) if d["annotations"]]
     mapper = PatchMapper(cfg, category_weights={})
-    stream = iter(PatchBatches(dicts, mapper, images_per_batch=cfg.SOLVER.IMS_PER_BATCH, seed=max(cfg.SEED, 0)))
+    stream = iter(PatchBatches(dicts, mapper, total_batch_size=cfg.SOLVER.IMS_PER_BATCH, seed=max(cfg.SEED, 0)))
     next(stream)
     started = time.perf_counter()
     patches = sum(len(image["patches"]) for _ in range(batches) for image in next(stream))

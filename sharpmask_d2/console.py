@@ -36,6 +36,11 @@ def console(*, quiet: bool = False, as_json: bool = False) -> Iterator[None]:
         _mode.reset(token)
 
 
+def is_quiet() -> bool:
+    """Whether progress bars are not shown."""
+    return _mode.get().quiet
+
+
 def progress(items: Iterable[Item], *, desc: str, total: Optional[int] = None) -> Iterable[Item]:
     """Show a progress bar with the remaining time while images are iterated over.
 

@@ -7,8 +7,8 @@ from typing import Any
 from .errors import UserError
 
 # What pip installs for each of the extras.
-APP, EXPORT, INTEROP, ONNX, OPENVINO, REPORT, TORCH = (
-    f"sharpmask_d2[{name}]" for name in ("app", "export", "interop", "onnx", "openvino", "report", "torch")
+APP, EXPORT, INTEROP, ONNX, OPENVINO, RAY, REPORT, TORCH = (
+    f"sharpmask_d2[{name}]" for name in ("app", "export", "interop", "onnx", "openvino", "ray", "report", "torch")
 )
 _DETECTRON2 = (
     "Detectron2 is not installed: run pip install 'git+https://github.com/facebookresearch/detectron2.git', or see "

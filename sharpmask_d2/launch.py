@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sharpmask_d2
+import torch
 from detectron2.config import defaults
 from detectron2.utils.logger import setup_logger
 from sharpmask_d2.data import add_dataset_option, register_datasets
+from sharpmask_d2.engine import join_processes
 
 # The environment variable that tells spawned processes what to run: {"script": path, "datasets": [...]}.
 _VARIABLE = "SHARPMASK_D2_LAUNCH"
@@ -37,7 +39,7 @@ def prepare(datasets: Sequence[Sequence[str]]) -> None:
 
 
 def run(script: str, arguments: Sequence[str], datasets: Sequence[Sequence[str]] = ()) -> None:
-    """Runs a script as `python script arguments...` does, after `prepare`.
+    """Runs a script as `python script arguments...` does, after `prepare`. Processes that torchrun has started are connected.
 
     Args:
         script: path of the Python file.
@@ -51,6 +53,7 @@ def run(script: str, arguments: Sequence[str], datasets: Sequence[Sequence[str]]
         raise FileNotFoundError(f"there is no script {script}: give the path of a Python file")
     datasets = [(name, os.path.abspath(json_file), os.path.abspath(root)) for name, json_file, root in datasets]
     prepare(datasets)
+    join_processes("cuda" if torch.cuda.is_available() else "cpu")
     os.environ[_VARIABLE] = json.dumps({"script": os.path.abspath(script), "datasets": datasets})
     _spawn_prepared()
     sys.argv = [script, *arguments]

@@ -33,7 +33,9 @@ def run(main: Callable[[], Optional[int]]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (UserError, OSError, FloatingPointError) as error:
-        print(_in_one_line(error), file=sys.stderr)
+        # torchrun shows the output of all processes together.
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        print(f"{rank}{_in_one_line(error)}", file=sys.stderr)
         status = 2
     if status:
         sys.exit(status)

@@ -5,6 +5,8 @@ r"""Trains or evaluates a model, with the options of Detectron2's train_net.py.
     sharpmask train --config-file configs/deepmask_lite0.yaml --dataset my_val val.json images --eval-only \
         DATASETS.TEST "('my_val',)" MODEL.WEIGHTS model_final.pth
 
+    torchrun --nproc_per_node 2 --no-python sharpmask train ...  # two processes, on GPUs or on CPUs
+
 The config is a yaml file. `python -m sharpmask_d2.launch` runs Detectron2's lazyconfig_train_net.py, which trains LazyConfig files.
 
 --eval-only prints the metrics of the model: for DeepMask and SharpMask metrics per patch and the average recall (AR) of the proposals; for
@@ -17,13 +19,14 @@ from typing import Any, Optional
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import StrictCheckpointer
 from ..config import check_device, merge_options, read_config
 from ..data import add_dataset_option, check_datasets, register_datasets
+from ..engine.processes import run_processes
 from ..engine.trainer import Trainer
 from ..errors import UserError
 
@@ -87,7 +90,7 @@ def build_config(args: argparse.Namespace) -> CfgNode:
 
 
 def train_or_evaluate(args: argparse.Namespace, cfg: CfgNode) -> Any:
-    """Trains or evaluates in one of the processes that `detectron2.engine.launch` starts, one per GPU."""
+    """Trains or evaluates in one of the processes of `run_processes`."""
     register_datasets(args.dataset)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sharpmask_d2")
@@ -118,12 +121,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     gpus = torch.cuda.device_count()
     if args.num_gpus > max(gpus, 1):
         raise UserError(f"--num-gpus is {args.num_gpus}, but torch finds {gpus}")
-    launch(
+    run_processes(
         train_or_evaluate,
-        args.num_gpus,
-        args.num_machines,
-        args.machine_rank,
-        args.dist_url,
-        args=(args, cfg),
+        (args, cfg),
+        device=cfg.MODEL.DEVICE,
+        num_gpus=args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
     )
     return 0

@@ -3,10 +3,11 @@
 Shape letters: H W image.
 """
 
+import io
 import os
 import sys
 from pathlib import Path
-from typing import Any, BinaryIO, Union
+from typing import Any, BinaryIO, Optional, Union
 
 import numpy as np
 from PIL import Image
@@ -47,7 +48,7 @@ class ImageError(UserError):
         self.reason = reason
 
 
-def read_image(path: Union[str, Path], format: str = "BGR") -> np.ndarray:
+def read_image(path: Union[str, Path], format: str = "BGR", *, content: Optional[bytes] = None) -> np.ndarray:
     """Read an image file of any format that Pillow reads.
 
     As in Detectron2's `read_image`, the image is rotated by its EXIF orientation, and an alpha channel is dropped. Of 16-bit values the
@@ -56,6 +57,7 @@ def read_image(path: Union[str, Path], format: str = "BGR") -> np.ndarray:
     Args:
         path: of the file.
         format: order of the channels, "BGR" (default) or "RGB".
+        content: of the file, if it has been read already; `path` then only names it in messages. Default: None.
 
     Returns:
         (H, W, 3) uint8.
@@ -64,7 +66,8 @@ def read_image(path: Union[str, Path], format: str = "BGR") -> np.ndarray:
         ImageError: the file does not exist, is not an image, is broken, or has values without a fixed white; the message names the file.
     """
     try:
-        with _open(path) as file, Image.open(file) as image:
+        opened = _open(path) if content is None else io.BytesIO(content)
+        with opened as file, Image.open(file) as image:
             pixels = _pixels(_upright(image), image.format, format)
     except FileNotFoundError:
         raise ImageError("there is no such file", path) from None

@@ -14,18 +14,18 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import UserError
 from .objects import ImageObjects
 from .patch_mapper import PatchMapper
-from .resumable import BatchStream, ResumableLoader, share_batch, single_threaded_loader
+from .resumable import BatchStream, ResumableLoader, check_batch_size, share_of_batch, single_threaded_loader
 
 
 class PatchBatches(BatchStream):
     """A `BatchStream` of patches: each image is drawn with a probability proportional to the weights of its objects."""
 
-    def __init__(self, dicts: list[dict], mapper: PatchMapper, *, images_per_batch: int, seed: int, start: int = 0):
+    def __init__(self, dicts: list[dict], mapper: PatchMapper, *, total_batch_size: int, seed: int, start: int = 0):
         """
         Args:
             dicts: Detectron2's dataset dicts.
             mapper: makes the patches of an image.
-            images_per_batch: of this process.
+            total_batch_size: number of images per batch, over all processes.
             seed: of all random numbers.
             start: number of the first batch; 0 by default.
 
@@ -34,7 +34,8 @@ class PatchBatches(BatchStream):
         """
         super().__init__(start=start)
         self.dicts, self.mapper = dicts, mapper
-        self.images_per_batch, self.seed, self.rank = images_per_batch, seed, comm.get_rank()
+        self.total_batch_size, self.seed = total_batch_size, seed
+        self.share = share_of_batch()
         weights = np.array([mapper.weights(mapper.objects(d)).sum() for d in dicts], dtype=np.float64)
         if not weights.any():
             raise UserError(
@@ -48,9 +49,11 @@ class PatchBatches(BatchStream):
         return itertools.count()
 
     def make(self, plan: int) -> list[dict]:
-        rng = np.random.default_rng([self.seed, plan, self.rank])
-        images = rng.choice(len(self.dicts), size=self.images_per_batch, p=self.probabilities)
-        return [self.mapper(self.dicts[i], rng) for i in images]
+        rng = np.random.default_rng([self.seed, plan, 0])
+        images = rng.choice(len(self.dicts), size=self.total_batch_size, p=self.probabilities)
+        # Each image has its own random numbers, because this process may have any images of the batch.
+        numbered = list(enumerate(images, 1))[self.share]
+        return [self.mapper(self.dicts[i], np.random.default_rng([self.seed, plan, number])) for number, i in numbered]
 
 
 def category_weights(objects: Iterable[ImageObjects]) -> dict[int, float]:
@@ -103,11 +106,11 @@ def build_patch_train_loader(
     Raises:
         UserError: the number of processes does not divide the batch, or no image has an object that is a training target.
     """
-    images_per_batch = share_batch(total_batch_size)
+    check_batch_size(total_batch_size)
     seed = comm.shared_random_seed() if seed < 0 else seed
     if balance_categories:
         mapper.category_weights = category_weights(mapper.objects(d) for d in dataset)
-    batches = PatchBatches(dataset, mapper, images_per_batch=images_per_batch, seed=seed)
+    batches = PatchBatches(dataset, mapper, total_batch_size=total_batch_size, seed=seed)
     return ResumableLoader(batches, num_workers=num_workers)
 
 

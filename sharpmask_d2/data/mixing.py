@@ -83,22 +83,16 @@ class MixingSampler(Sampler):
     Successive epochs take different images of a dataset with a limit, until all of them have been used.
     """
 
-    def __init__(self, *, sizes: list[int], counts: list[int], seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(self, *, sizes: list[int], counts: list[int], seed: int):
         """
         Args:
             sizes: K, number of images of each dataset; images are numbered dataset by dataset.
             counts: K, number of images of each dataset in an epoch, see `epoch_counts`.
             seed: of the order, equal on all ranks.
-            rank: number of the first image of the stream that this process takes; 0 by default.
-            world_size: distance in the stream between the images that this process takes; 1 by default.
         """
-        self.sizes, self.counts = list(sizes), list(counts)
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.sizes, self.counts, self.seed = list(sizes), list(counts), seed
 
     def __iter__(self) -> Iterator[int]:
-        yield from itertools.islice(self._stream(), self.rank, None, self.world_size)
-
-    def _stream(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed)
         firsts = itertools.accumulate([0, *self.sizes[:-1]])
         rounds = [_endless(size, first, generator) for size, first in zip(self.sizes, firsts)]

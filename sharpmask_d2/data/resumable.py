@@ -1,4 +1,8 @@
-"""Numbered streams of training batches: a training that is resumed at batch k reads the batches that it would have read."""
+"""Numbered streams of training batches: a training that is resumed at batch k reads the batches that it would have read.
+
+All processes of a training share each batch: of W processes, the process of rank r has the images r, r + W, r + 2 W, ... of the batch. A
+batch thus does not depend on W, and a training may be resumed with another number of processes.
+"""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -17,9 +21,9 @@ from .seeding import SAMPLER, SAMPLES, seeded
 
 
 class BatchStream(IterableDataset):
-    """An endless stream of batches, each a list of mapped images.
+    """An endless stream of this process' parts of batches, each a list of mapped images.
 
-    Batch k depends only on the seed, on k and on the rank: neither on the number of workers nor on earlier random numbers.
+    Batch k depends only on the seed and on k: neither on the number of processes and workers nor on earlier random numbers.
     """
 
     def __init__(self, *, start: int = 0):
@@ -30,11 +34,11 @@ class BatchStream(IterableDataset):
         self.start = start
 
     def plans(self) -> Iterable[Any]:
-        """A plan of each batch, from number 0 on. Plans are cheap, because every worker makes all of them."""
+        """A plan of this process' part of each batch, from number 0 on. Plans are cheap, because every worker makes all of them."""
         raise NotImplementedError
 
     def make(self, plan: Any) -> list[dict]:
-        """The batch of a plan."""
+        """The part of a batch that a plan describes."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[list[dict]]:
@@ -52,7 +56,7 @@ class MappedBatches(BatchStream):
         mapper: Callable[[dict], dict],
         *,
         sampler: Sampler,
-        images_per_batch: int,
+        total_batch_size: int,
         group_by_shape: bool,
         seed: int,
         start: int = 0,
@@ -61,34 +65,36 @@ class MappedBatches(BatchStream):
         Args:
             dicts: Detectron2's dataset dicts.
             mapper: turns a dict into an input of the model; it may use the random numbers of torch, numpy and Python.
-            sampler: yields numbers of dicts for this process without end, the same numbers in every iteration.
-            images_per_batch: of this process.
+            sampler: yields numbers of dicts for all processes without end, the same numbers in every iteration and every process.
+            total_batch_size: number of images per batch, over all processes.
             group_by_shape: put wide images and other images into separate batches.
             seed: of the mapper's random numbers.
             start: number of the first batch; 0 by default.
         """
         super().__init__(start=start)
         self.dicts, self.mapper, self.sampler = DatasetFromList(dicts, copy=False), mapper, sampler
-        self.images_per_batch, self.seed, self.rank = images_per_batch, seed, comm.get_rank()
+        self.total_batch_size, self.seed = total_batch_size, seed
+        self.share = share_of_batch()
         # Images of unknown size are all in the same group.
         wide = [group_by_shape and d.get("width", 0) > d.get("height", 0) for d in dicts]
         self.groups = np.array(wide, dtype=np.int64)
 
     def plans(self) -> Iterator[list[tuple[int, int]]]:
-        """Batches of (position in the sampler's stream, number of the dict)."""
+        """For each image of this process in each batch: (position in the sampler's stream, number of the dict)."""
         groups: tuple[list, list] = [], []
         for place, index in enumerate(self.sampler):
             group = groups[self.groups[index]]
             group.append((place, int(index)))
-            if len(group) == self.images_per_batch:
-                yield group[:]
+            if len(group) == self.total_batch_size:
+                yield group[self.share]
                 group.clear()
 
     def make(self, plan: list[tuple[int, int]]) -> list[dict]:
         return [self._map(*sample) for sample in plan]
 
     def _map(self, place: int, index: int) -> dict[str, Any]:
-        with seeded(self.seed, self.rank, place, SAMPLES):
+        # Other purposes have the rank in the second place; no process draws other numbers for a sample.
+        with seeded(self.seed, 0, place, SAMPLES):
             return self.mapper(self.dicts[index])
 
 
@@ -133,8 +139,13 @@ def single_threaded_loader(dataset: Union[Dataset, IterableDataset], **options: 
     return DataLoader(dataset, **options)
 
 
-def share_batch(total_batch_size: int) -> int:
-    """The number of images per batch of this process.
+def share_of_batch() -> slice:
+    """The images of a batch that belong to this process."""
+    return slice(comm.get_rank(), None, comm.get_world_size())
+
+
+def check_batch_size(total_batch_size: int) -> None:
+    """Checks that all processes have equally many images of a batch.
 
     Args:
         total_batch_size: number of images per batch, over all processes.
@@ -145,7 +156,14 @@ def share_batch(total_batch_size: int) -> int:
     world = comm.get_world_size()
     if total_batch_size % world:
         raise UserError(f"SOLVER.IMS_PER_BATCH is {total_batch_size}: it must be a multiple of the {world} processes")
-    return total_batch_size // world
+
+
+def _undivided(sampler: Sampler) -> Sampler:
+    """A sampler of Detectron2 that yields the numbers of all processes, not only those of this one; it is changed in place."""
+    for name, value in (("_rank", 0), ("_world_size", 1)):
+        if hasattr(sampler, name):
+            setattr(sampler, name, value)
+    return sampler
 
 
 def build_resumable_train_loader(
@@ -162,8 +180,8 @@ def build_resumable_train_loader(
             seed in every run.
         mapper: turns a dict into an input of the model; by default Detectron2's mapper.
         dataset: Detectron2's dataset dicts; by default those of DATASETS.TRAIN.
-        sampler: yields numbers of dicts for this process without end, the same numbers in every iteration; by default that of
-            DATALOADER.SAMPLER_TRAIN.
+        sampler: yields numbers of dicts for all processes without end, the same numbers in every iteration and every process; by default
+            that of DATALOADER.SAMPLER_TRAIN.
 
     Returns:
         ResumableLoader over lists of mapped images.
@@ -171,7 +189,7 @@ def build_resumable_train_loader(
     Raises:
         UserError: the number of processes does not divide the batch, or a training with the sampler cannot be resumed.
     """
-    images_per_batch = share_batch(cfg.SOLVER.IMS_PER_BATCH)
+    check_batch_size(cfg.SOLVER.IMS_PER_BATCH)
     seed = comm.shared_random_seed() if cfg.SEED < 0 else cfg.SEED
     # A sampler draws a seed of its own.
     with seeded(seed, 0, 0, SAMPLER):
@@ -184,8 +202,8 @@ def build_resumable_train_loader(
     batches = MappedBatches(
         parts["dataset"],
         parts["mapper"],
-        sampler=parts["sampler"],
-        images_per_batch=images_per_batch,
+        sampler=_undivided(parts["sampler"]),
+        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         group_by_shape=parts["aspect_ratio_grouping"],
         seed=seed,
     )

@@ -160,7 +160,5 @@ def build_jitter_train_loader(cfg: CfgNode) -> ResumableLoader:
             sizes=sizes,
             counts=epoch_counts(sizes, [shares.get(name, 1.0) for name in cfg.DATASETS.TRAIN]),
             seed=comm.shared_random_seed() if cfg.SEED < 0 else cfg.SEED,
-            rank=comm.get_rank(),
-            world_size=comm.get_world_size(),
         )
     return build_resumable_train_loader(cfg, mapper=mapper, dataset=dicts, sampler=sampler)

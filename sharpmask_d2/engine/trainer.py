@@ -1,15 +1,18 @@
 """The trainer: data loaders, optimizer, mixed precision, exact resuming and evaluation on top of Detectron2's DefaultTrainer."""
 
+import functools
 import logging
+import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Optional
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
-from detectron2.engine import DefaultTrainer, hooks
+from detectron2.engine import DefaultTrainer, defaults, hooks
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -47,6 +50,7 @@ from ..evaluation import (
 )
 from ..modeling.meta_arch import ALONE, ARCHITECTURE
 from ..modeling.roi_heads import ProposalMaskRes5ROIHeads, ProposalMaskROIHeads
+from .processes import check_joined
 
 # Architectures that compute proposals but no detections; the last one is Detectron2's RPN without a detector.
 _PROPOSAL_NETWORKS = (*ALONE, "ProposalNetwork")
@@ -94,6 +98,17 @@ def _is_trained_depthwise(_, weight, bias=None, stride=1, padding=0, dilation=1,
     return groups > 1 and weight.shape[1] == 1 and weight.requires_grad
 
 
+@contextmanager
+def _cpus_in_parallel() -> Iterator[None]:
+    """Context in which Detectron2's trainer makes models on CPUs ready for several processes; it assumes one GPU per process."""
+    original = defaults.create_ddp_model
+    defaults.create_ddp_model = functools.partial(original, device_ids=None)
+    try:
+        yield
+    finally:
+        defaults.create_ddp_model = original
+
+
 class _SeedStep(hooks.HookBase):
     """Seeds the random numbers of each step by its iteration and rank, so that a resumed run equals one that was not interrupted."""
 
@@ -132,7 +147,11 @@ class Trainer(DefaultTrainer):
         """
         Args:
             cfg: a config with the keys of this package.
+
+        Raises:
+            UserError: torchrun has started several processes, and they are not connected.
         """
+        check_joined()
         mixed = cfg.SOLVER.AMP.ENABLED or cfg.SOLVER.MIXED_PRECISION
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
         self._cpu_autocast = mixed and on_cpu
@@ -141,7 +160,8 @@ class Trainer(DefaultTrainer):
         # Detectron2's AMPTrainer requires CUDA.
         cfg.SOLVER.AMP.ENABLED = mixed and not on_cpu
         cfg.freeze()
-        super().__init__(cfg)
+        with _cpus_in_parallel() if on_cpu else nullcontext():
+            super().__init__(cfg)
 
     def run_step(self) -> None:
         if not self._cpu_autocast:
@@ -156,6 +176,11 @@ class Trainer(DefaultTrainer):
         self.checkpointer = SafeCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         seeding = [_SeedStep(self.cfg.SEED)] if self.cfg.SEED >= 0 else []
         return seeding + super().build_hooks()
+
+    def after_train(self) -> None:
+        # Detectron2 calls it after an error, too. A process that failed in the last step would then wait for the others in the evaluation.
+        if comm.get_world_size() == 1 or sys.exc_info()[0] is None:
+            super().after_train()
 
     def build_writers(self) -> list[EventWriter]:
         return [*super().build_writers(), _PatchPrinter()]

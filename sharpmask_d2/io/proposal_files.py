@@ -251,16 +251,8 @@ class ProposalWriter:
             OutputError: a file cannot be written; the partial file stays.
             UserError: see `write_pickle`.
         """
-        count = 0
-        with open_output(self.output) as out:
-            out.write(b"[" if dataset is None else (json.dumps(dataset)[:-1] + ', "annotations": [').encode())
-            separator = "\n"
-            for entry in self.entries(images):
-                count += len(entry["results"])
-                for result in entry["results"]:
-                    out.write((separator + json.dumps(result)).encode())
-                    separator = ",\n"
-            out.write(b"\n]\n" if dataset is None else b"\n]}\n")
+        results = (result for entry in self.entries(images) for result in entry["results"])
+        count = write_results(self.output, results, dataset=dataset)
         if pickle_path:
             write_pickle(self.entries(images), pickle_path, masks=pickle_masks)
         if not keep_partial:
@@ -269,6 +261,34 @@ class ProposalWriter:
             self._started = False
         self.close()
         return count
+
+
+def write_results(
+    output: Union[str, Path], results: Iterable[dict[str, Any]], *, dataset: Optional[dict[str, Any]] = None
+) -> int:
+    """Write COCO results as JSON, one per line. The file appears under its name when it is complete.
+
+    Args:
+        output: path of the file.
+        results: the results.
+        dataset: write a COCO dataset of these entries, see `ProposalWriter.finish`. By default the file is the list of the results.
+
+    Returns:
+        Number of results.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    count = 0
+    with open_output(output) as out:
+        out.write(b"[" if dataset is None else (json.dumps(dataset)[:-1] + ', "annotations": [').encode())
+        separator = "\n"
+        for result in results:
+            out.write((separator + json.dumps(result)).encode())
+            separator = ",\n"
+            count += 1
+        out.write(b"\n]\n" if dataset is None else b"\n]}\n")
+    return count
 
 
 def _parse_line(line: bytes) -> tuple[Optional[Key], Optional[str]]:

@@ -26,6 +26,17 @@ def _share(count: Tensor) -> Tensor:
     return count.clamp(min=1) / world
 
 
+def part_of_mean(count: int, device: torch.device) -> Tensor:
+    """The factor that turns a mean over elements of this process into its part of the mean over the elements of all processes.
+
+    Args:
+        count: number of elements of this process.
+        device: of the model.
+    """
+    count = torch.tensor(float(count), device=device)
+    return count / _share(count.clone())
+
+
 def mask_loss(logits: Tensor, targets: Tensor, contributes: Tensor) -> Tensor:
     """Binary logistic loss of masks, averaged over pixels and over the contributing windows of all processes (DeepMask, section 3.2).
 

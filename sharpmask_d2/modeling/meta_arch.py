@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..structures import rescale_proposals
 from .exporting import NotExportable
 from .image_pyramid.resizing import resize
+from .image_randomness import image_seeds
 from .losses import mask_iou, mask_loss, score_loss
 from .proposal_generator import ImagePyramid
 from .proposal_generator.sharpmask_fpn import PyramidFeatures
@@ -95,9 +96,12 @@ class SharpMaskProposalNetwork(NotExportable):
 
     def _losses(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         if "patches" not in batched_inputs[0]:
-            # The seed comes from torch, whose random numbers Detectron2 seeds.
-            rng = np.random.default_rng(torch.randint(2**62, (1,)).item())
-            batched_inputs = [self.mapper.cut_instances(x["image"], x["instances"], rng) for x in batched_inputs]
+            # The seeds come from torch, whose random numbers Detectron2 seeds.
+            seeds = image_seeds(len(batched_inputs), self.device)
+            batched_inputs = [
+                self.mapper.cut_instances(x["image"], x["instances"], np.random.default_rng(seed))
+                for x, seed in zip(batched_inputs, seeds)
+            ]
         scores, masks = self._forward_patches(batched_inputs)
         targets, labels, in_mask_loss, in_score_loss = (
             torch.cat([x[key] for x in batched_inputs]).to(self.device)

@@ -3,11 +3,10 @@
 Shape letters: N windows, G objects, P positive windows, M mask side in cells.
 """
 
-from typing import Union
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
-from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import BitMasks, PolygonMasks
 from torch import Tensor
 from torchvision.ops import roi_align
@@ -26,8 +25,9 @@ def sample_windows(
     label_rule: dict[str, float],
     num_windows: int,
     positive_fraction: float,
+    generator: Optional[torch.Generator] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples the windows of an image that contribute to the losses, with the random numbers of torch.
+    """Samples the windows of an image that contribute to the losses.
 
     Args:
         windows: (N, 4) XYXY in the frame of the image, in pixels.
@@ -36,6 +36,7 @@ def sample_windows(
         label_rule: keyword arguments of `labels.label_windows`.
         num_windows: maximum number of sampled windows.
         positive_fraction: maximum share of positive windows, in 0..1, of `num_windows`; the remaining windows are negative.
+        generator: source of all random numbers, on the device of the windows. Default: None, that of torch.
 
     Returns:
         positives: (P,) int64, ascending indices of positive windows.
@@ -43,9 +44,16 @@ def sample_windows(
         objects: (P,) int64, index of the object of each positive window.
     """
     labels, objects = label_windows(windows, boxes, window_size, **label_rule)
-    positives, negatives = subsample_labels(labels, num_windows, positive_fraction, bg_label=0)
-    positives = positives.sort().values
-    return positives, negatives.sort().values, objects[positives]
+    positives = _draw(labels == 1, int(num_windows * positive_fraction), generator)
+    negatives = _draw(labels == 0, num_windows - len(positives), generator)
+    return positives, negatives, objects[positives]
+
+
+def _draw(candidates: Tensor, count: int, generator: Optional[torch.Generator]) -> Tensor:
+    """Ascending indices of `count` of the windows at which `candidates` (N,) is True, or of all if there are fewer."""
+    indices = candidates.nonzero()[:, 0]
+    order = torch.randperm(len(indices), device=indices.device, generator=generator)
+    return indices[order[:count]].sort().values
 
 
 def mask_targets(masks: Union[BitMasks, PolygonMasks], objects: Tensor, windows: Tensor, mask_size: int) -> Tensor:

@@ -572,7 +572,7 @@ def batches(make_dataset, tiny_cfg, tmp_path):
     dicts = load(make_dataset(tmp_path, num_images=5, rle=True, crowd=True))
 
     def make(start=0, seed=1):
-        return PatchBatches(dicts, make_mapper(tiny_cfg), images_per_batch=2, seed=seed, start=start)
+        return PatchBatches(dicts, make_mapper(tiny_cfg), total_batch_size=2, seed=seed, start=start)
 
     return make
 
@@ -597,10 +597,15 @@ def test_batches_depend_on_their_number_only(batches):
     assert not torch.equal(stream[0][0]["patches"], first(batches(seed=2), 1)[0][0]["patches"])
 
 
-def test_batches_depend_on_the_process(batches, monkeypatch):
-    own = first(batches(), 1)
-    monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda: 1)
-    assert not torch.equal(first(batches(), 1)[0][0]["patches"], own[0][0]["patches"])
+def test_processes_share_the_batches(batches, monkeypatch):
+    """Two processes have the images of one, with equal patches."""
+    whole = first(batches(), 3)
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
+        parts.append(first(batches(), 3))
+    assert_same_batches([[*pair[0], *pair[1]] for pair in zip(*parts)], whole)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -631,7 +636,7 @@ def test_workers_start_after_opencv_ran_in_threads(batches):
 def test_only_images_with_targets_are_read(make_dataset, tiny_cfg, tmp_path):
     dicts = load(make_dataset(tmp_path, num_images=2, empty=True))
     dicts[0]["annotations"] = dicts[0]["annotations"][:1]
-    stream = PatchBatches(dicts, make_mapper(tiny_cfg), images_per_batch=2, seed=0)
+    stream = PatchBatches(dicts, make_mapper(tiny_cfg), total_batch_size=2, seed=0)
     # In proportion to their objects: all objects of the dataset are equally likely.
     np.testing.assert_allclose(stream.probabilities, [1 / 4, 3 / 4, 0])
     drawn = [image["image_id"] for batch in first(stream, 20) for image in batch]
@@ -644,7 +649,7 @@ def test_a_dataset_without_targets_is_named(make_dataset, tiny_cfg, tmp_path):
     dicts = load(make_dataset(tmp_path))
     for some in (dicts, [dict(d, annotations=[]) for d in dicts]):
         with pytest.raises(ValueError, match=r"DATASETS\.TRAIN.*MIN_AREA"):
-            PatchBatches(some, make_mapper(tiny_cfg), images_per_batch=2, seed=0)
+            PatchBatches(some, make_mapper(tiny_cfg), total_batch_size=2, seed=0)
 
 
 @pytest.fixture

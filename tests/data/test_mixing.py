@@ -54,13 +54,6 @@ def test_an_epoch_has_all_images_without_a_limit_and_part_of_the_others_in_turn(
     assert stream != list(islice(MixingSampler(sizes=sizes, counts=counts, seed=4), 27))
 
 
-def test_ranks_divide_the_stream():
-    options = {"sizes": [5, 4], "counts": [5, 2], "seed": 0}
-    whole = list(islice(MixingSampler(**options), 20))
-    parts = [list(islice(MixingSampler(**options, rank=rank, world_size=2), 10)) for rank in range(2)]
-    assert [n for pair in zip(*parts) for n in pair] == whole
-
-
 def test_the_option_of_a_dataset_says_that_it_is_not_exhaustive(make_dataset, tmp_path, tiny_cfg):
     drawn = make_dataset(tmp_path, num_images=1)
     files = [str(drawn.annotations), str(drawn.image_root)]

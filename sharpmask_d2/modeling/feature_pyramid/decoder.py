@@ -169,8 +169,16 @@ def _skip_path(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), nn.ReLU(), nn.Conv2d(out_channels, out_channels, 1))
 
 
-def jittered_windows(boxes: Tensor, *, count: int, share: float, shift: float, octaves: float) -> tuple[Tensor, Tensor]:
-    """Draws windows around objects with random positions and sizes, with the random numbers of torch.
+def jittered_windows(
+    boxes: Tensor,
+    *,
+    count: int,
+    share: float,
+    shift: float,
+    octaves: float,
+    generator: Optional[torch.Generator] = None,
+) -> tuple[Tensor, Tensor]:
+    """Draws windows around objects with random positions and sizes.
 
     Args:
         boxes: (G, 4) XYXY of the objects in pixels.
@@ -178,6 +186,7 @@ def jittered_windows(boxes: Tensor, *, count: int, share: float, shift: float, o
         share: larger side of an object as a share of the side of its canonical window.
         shift: maximum distance of the centre of a window from that of its object along each axis, as a share of the side of the window.
         octaves: maximum difference in size between a window and the canonical window, in octaves.
+        generator: source of all random numbers, on the device of the boxes. Default: None, that of torch.
 
     Returns:
         The windows, (count, 4) XYXY in the frame of the boxes; and (count,) int64, index of the object of each window. Both are empty if
@@ -185,14 +194,14 @@ def jittered_windows(boxes: Tensor, *, count: int, share: float, shift: float, o
     """
     if len(boxes) == 0:
         return boxes.new_zeros(0, 4), torch.zeros(0, dtype=torch.long, device=boxes.device)
-    order = torch.randperm(len(boxes), device=boxes.device)
+    order = torch.randperm(len(boxes), device=boxes.device, generator=generator)
     objects = order.repeat(-(-count // len(boxes)))[:count]
     canonical = square_windows(boxes[objects], share)
-    sides = (canonical[:, 2:] - canonical[:, :2]) * 2.0 ** (octaves * _symmetric(count, 1, boxes))
-    centres = (canonical[:, :2] + canonical[:, 2:]) / 2 + shift * sides * _symmetric(count, 2, boxes)
+    sides = (canonical[:, 2:] - canonical[:, :2]) * 2.0 ** (octaves * _symmetric(count, 1, boxes, generator))
+    centres = (canonical[:, :2] + canonical[:, 2:]) / 2 + shift * sides * _symmetric(count, 2, boxes, generator)
     return torch.cat([centres - sides / 2, centres + sides / 2], dim=1), objects
 
 
-def _symmetric(rows: int, columns: int, like: Tensor) -> Tensor:
+def _symmetric(rows: int, columns: int, like: Tensor, generator: Optional[torch.Generator]) -> Tensor:
     """Random numbers from -1 to 1, with the device and type of `like`."""
-    return 2 * torch.rand(rows, columns, device=like.device, dtype=like.dtype) - 1
+    return 2 * torch.rand(rows, columns, device=like.device, dtype=like.dtype, generator=generator) - 1

@@ -25,6 +25,7 @@ from ..image_pyramid.generator import GridFeatures, ImagePyramid
 from ..image_pyramid.levels import Level, grid_size, grid_windows, split_cells
 from ..image_pyramid.network import GivenFeatures, WindowGrid, evaluating
 from ..image_pyramid.resizing import resize
+from ..image_randomness import image_generators
 from ..layers import without_gradients
 from ..losses import mask_loss, score_loss
 from .learnt import LearntGenerator, check_masks, log_windows
@@ -181,13 +182,14 @@ class SharpMaskGenerator(LearntGenerator, NotExportable):
             self.check_weights()
         if trains:
             check_masks(gt_instances, len(images))
+            generators = image_generators(len(images), self.pyramid.network.device)
         proposals, outputs = [], []
         for i, image in enumerate(images):
             image_size = tuple(image.shape[1:])
             levels = self.pyramid.levels(image_size, self._octaves(image_size))
             source = self._features(features, i, image_size) if self.shared_backbone else self._pixels(image)
             if trains:
-                grids, output = self._train_image(source, levels, gt_instances[i])
+                grids, output = self._train_image(source, levels, gt_instances[i], generators[i])
                 outputs.append(output)
             else:
                 with torch.no_grad():
@@ -225,7 +227,11 @@ class SharpMaskGenerator(LearntGenerator, NotExportable):
         return self.pyramid.level_grid(source[None], level)
 
     def _train_image(
-        self, source: Union[Tensor, dict[str, Tensor]], levels: list[Level], gt: Instances
+        self,
+        source: Union[Tensor, dict[str, Tensor]],
+        levels: list[Level],
+        gt: Instances,
+        generator: torch.Generator,
     ) -> tuple[list[WindowGrid], WindowOutputs]:
         """Runs the network on all levels of an image, with gradients only on levels with windows that contribute to the losses.
 
@@ -243,6 +249,7 @@ class SharpMaskGenerator(LearntGenerator, NotExportable):
             label_rule=self.label_rule,
             num_windows=self.windows_per_image,
             positive_fraction=self.positive_fraction,
+            generator=generator,
         )
         if network.freeze_feedforward:
             # Scores are not trained.

@@ -23,6 +23,7 @@ from ..feature_pyramid.grid import PyramidWindows, spread
 from ..feature_pyramid.labels import enlarged, score_targets
 from ..feature_pyramid.levels import cells_inside, common_channels, pyramid_levels
 from ..feature_pyramid.scores import WindowScores
+from ..image_randomness import image_generators
 from ..layers import without_gradients
 from ..losses import quality_focal_loss, refinement_losses
 from ..segment_generator import SegmentGenerator, Windows
@@ -256,7 +257,8 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
         """Masks of N windows that are drawn around the objects, from `SampledDecoder.forward`, and their targets (N, M, M) bool."""
         shift, octaves = self.mask_jitter
         windows, owners, targets = [], [], []
-        for number, gt in enumerate(gt_instances):
+        generators = image_generators(len(gt_instances), features.scores.device)
+        for number, (gt, generator) in enumerate(zip(gt_instances, generators)):
             boxes = gt.gt_boxes.tensor
             large = ((boxes[:, 2:] - boxes[:, :2]).amax(dim=1) >= _SMALLEST).nonzero()[:, 0]
             drawn, objects = jittered_windows(
@@ -265,6 +267,7 @@ class SharpMaskFPN(SegmentGenerator, LearntGenerator, NotExportable):
                 share=self.mask_share,
                 shift=shift,
                 octaves=octaves,
+                generator=generator,
             )
             windows.append(drawn)
             owners.append(torch.full_like(objects, number))

@@ -20,6 +20,7 @@ from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..losses import part_of_mean
 
 _IGNORED = -1
 
@@ -96,6 +97,8 @@ class IntegralOutputLayers(FastRCNNOutputLayers):
     def losses(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> dict[str, Tensor]:
         """Compute the mean cross-entropy of the classifiers, and Detectron2's box loss with the labels of the sampler.
 
+        Both are means over the RoIs of all processes, as in `losses`.
+
         Args:
             predictions: result of `forward`.
             proposals: sampled RoIs, one `Instances` per image, with `gt_classes` and, if the image has ground truth, `gt_boxes`.
@@ -119,7 +122,8 @@ class IntegralOutputLayers(FastRCNNOutputLayers):
             ).mean(),
             "loss_box_reg": self.box_reg_loss(boxes, gt_boxes, deltas, gt_classes),
         }
-        return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
+        part = part_of_mean(len(boxes), boxes.device)
+        return {name: loss * part * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
 
     def predict_probs(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> tuple[Tensor, ...]:
         """Average the probabilities of the classifiers.

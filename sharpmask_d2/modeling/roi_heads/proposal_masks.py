@@ -11,13 +11,14 @@ from typing import Any, Union
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, FastRCNNOutputLayers, Res5ROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads, StandardROIHeads
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import BitMasks, Instances, ROIMasks
 from torch import Tensor
 
 from ...errors import UserError
 from ...structures import WindowMasks
+from .output_layers import SharedOutputLayers
 
 # Values of MODEL.SHARPMASK.DETECTION_MASKS.
 MASKS = ("proposal", "head", "none")
@@ -104,7 +105,7 @@ def without_masks(proposals: list[Instances]) -> list[Instances]:
     return kept
 
 
-class MaskKeepingOutputLayers(FastRCNNOutputLayers):
+class MaskKeepingOutputLayers(SharedOutputLayers):
     """Detectron2's `FastRCNNOutputLayers`, with equal parameter names, whose detections keep the masks of their proposals."""
 
     def inference(
@@ -188,6 +189,10 @@ def mask_source(cfg: CfgNode) -> str:
     return source
 
 
+def _output_layers(cfg: CfgNode) -> type[SharedOutputLayers]:
+    return MaskKeepingOutputLayers if mask_source(cfg) == "proposal" else SharedOutputLayers
+
+
 @ROI_HEADS_REGISTRY.register()
 class ProposalMaskROIHeads(KeepsProposalMasks, StandardROIHeads):
     """`StandardROIHeads` of Detectron2 whose detections have the masks that `MODEL.SHARPMASK.DETECTION_MASKS` selects.
@@ -198,8 +203,7 @@ class ProposalMaskROIHeads(KeepsProposalMasks, StandardROIHeads):
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         parts = super()._init_box_head(cfg, input_shape)
-        if mask_source(cfg) == "proposal":
-            parts["box_predictor"] = MaskKeepingOutputLayers(cfg, parts["box_head"].output_shape)
+        parts["box_predictor"] = _output_layers(cfg)(cfg, parts["box_head"].output_shape)
         return parts
 
     @classmethod
@@ -229,12 +233,10 @@ class ProposalMaskRes5ROIHeads(KeepsProposalMasks, Res5ROIHeads):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         parts = super().from_config(cfg, input_shape)
-        source = mask_source(cfg)
-        if source != "head":
+        if mask_source(cfg) != "head":
             parts.pop("mask_head", None)
-        if source == "proposal":
-            # Its input is the average of res5.
-            parts["box_predictor"] = MaskKeepingOutputLayers(cfg, parts["box_predictor"].cls_score.in_features)
+        # Its input is the average of res5.
+        parts["box_predictor"] = _output_layers(cfg)(cfg, parts["box_predictor"].cls_score.in_features)
         return parts
 
     def label_and_sample_proposals(self, proposals: list[Instances], targets: list[Instances]) -> list[Instances]:
