@@ -15,8 +15,10 @@ from ..data.coco import load_images
 from ..data.failed_images import FailedImages
 from ..data.images import read_image
 from ..io.fingerprint import digest_file
+from ..io.outputs import OutputError
 from ..io.proposal_files import ProposalWriter
 from ..visualization import name_pictures, write_picture
+from .threads import WriterThread, read_ahead
 
 # Suffixes of the files in folders that count as images. Pillow reads AVIF from version 11.3 on.
 _SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif", ".avif"}
@@ -131,6 +133,8 @@ def process_images(
 ) -> tuple[list[tuple[str, dict[str, Any]]], FailedImages]:
     """Works on the images that `writer` does not have yet, and gives it the results. An image that fails is named and left out.
 
+    Images are read, and results and pictures are written, in threads beside the work.
+
     A resumed run recognises an image by the content of its file, not by its path or time: images that were added, replaced or removed
     affect no other image, and one that was renamed or copied is not processed again. Reading the files takes about a hundredth of the
     time of the work.
@@ -153,30 +157,49 @@ def process_images(
     if keys:
         print_status(f"{len(keys)} of {len(images)} images are done already, in {writer.partial}")
     finished = []
-    for i, (image, name) in enumerate(zip(progress(images, desc=desc), names)):
-        pixels = None
+
+    def read(i: int) -> Optional[np.ndarray]:
+        """The pixels of an image that is not done yet; None for the others and for one that fails, which has no key afterwards."""
+        image = images[i]
         if i not in keys:
-            results = None
             with failed.named(image.image_id, image.path):
                 key = digest_file(image.path) + more_input(image)
                 pixels = read_image(image.path)
-                results = work(image, pixels)
-            if results is None:
-                continue
-            writer.add(key, results)
-            keys[i] = key
-        finished.append((keys[i], {"image_id": image.image_id, **image.extra}))
+                keys[i] = key
+                return pixels
+        return None
+
+    def write(i: int, pixels: Optional[np.ndarray], results: Optional[list[dict[str, Any]]]) -> None:
+        image, key, name = images[i], keys[i], names[i]
+        if results is not None:
+            try:
+                writer.add(key, results)
+            except OutputError as error:
+                raise OutputError(f"image {image.image_id}, {image.path}: {error}") from error
+        finished.append((key, {"image_id": image.image_id, **image.extra}))
         if not (pictures and draw and name):
-            continue
-        if writer.has_picture(keys[i], name) and (Path(pictures) / name).exists():
-            continue
+            return
+        if writer.has_picture(key, name) and (Path(pictures) / name).exists():
+            return
         drawn = False
         with failed.named(image.image_id, image.path, consequence=f"it has no picture {name}"):
             pixels = read_image(image.path) if pixels is None else pixels
-            write_picture(Path(pictures) / name, draw(pixels, writer.results(keys[i])))
+            write_picture(Path(pictures) / name, draw(pixels, writer.results(key)))
             drawn = True
         if drawn:
-            writer.add_picture(keys[i], name)
+            writer.add_picture(key, name)
+
+    numbers = range(len(images))
+    with WriterThread() as thread:
+        for i, pixels in zip(progress(numbers, desc=desc), read_ahead(numbers, read)):
+            results = None
+            if pixels is not None:
+                with failed.named(images[i].image_id, images[i].path):
+                    results = work(images[i], pixels)
+                if results is None:
+                    continue
+            if i in keys:
+                thread.call(write, i, pixels, results)
     return finished, failed
 
 

@@ -25,6 +25,11 @@ from .outputs import PARTIAL, OutputError, open_locked, open_output
 # An image is known by its id or by a text.
 Key = Union[int, str]
 
+# Between the results of a line of the partial file. JSON is the same with it as with ", ", and no other place of a line has a tab.
+_SEPARATOR = b",\t"
+# Between the key of an image and its results.
+_RESULTS = b', "results": ['
+
 # Maximum number of changed settings that a message names.
 _NAMED = 4
 
@@ -115,7 +120,7 @@ class ProposalWriter:
         self._file.seek(end)
         self._file.truncate()
         if not end:
-            self._append({"settings": settings})
+            self._append(json.dumps({"settings": settings}).encode())
 
     def _read_lines(self, settings: dict[str, Any]) -> int:
         """The position at which the complete lines end; 0 if there is nothing to resume."""
@@ -151,10 +156,10 @@ class ProposalWriter:
             )
         return end
 
-    def _append(self, line: dict[str, Any]) -> None:
+    def _append(self, line: bytes) -> None:
         try:
             self._file.seek(0, os.SEEK_END)
-            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.write(line + b"\n")
             self._file.flush()
         except OSError as error:
             raise OutputError(
@@ -171,15 +176,16 @@ class ProposalWriter:
         Raises:
             OutputError: the partial file cannot be written.
         """
+        encoded = _SEPARATOR.join(json.dumps(result).encode() for result in results)
         self._file.seek(0, os.SEEK_END)
         place = self._file.tell()
         # The key comes first, so that it is found without decoding the results.
-        self._append({"image": key, "results": results})
+        self._append(b'{"image": %b%b%b]}' % (json.dumps(key).encode(), _RESULTS, encoded))
         self._places[key] = place
 
     def add_picture(self, key: Key, name: str) -> None:
         """Record that the picture `name` of the image `key` has been written."""
-        self._append({"image": key, "picture": name})
+        self._append(json.dumps({"image": key, "picture": name}).encode())
         self._pictures.add((key, name))
 
     def has_picture(self, key: Key, name: str) -> bool:
@@ -191,6 +197,17 @@ class ProposalWriter:
         self._file.seek(self._places[key])
         return json.loads(self._file.readline())["results"]
 
+    def _encoded(self, key: Key, changes: dict[str, Any]) -> list[bytes]:
+        """The results of an image as JSON, with entries replaced as in `entries`. They are encoded again only if an entry changes."""
+        self._file.seek(self._places[key])
+        line = self._file.readline()
+        content = line[line.index(_RESULTS) + len(_RESULTS) : -len(b"]}\n")]
+        unchanged = json.dumps(changes)[:-1].encode() + b", "
+        return [
+            text if text.startswith(unchanged) else json.dumps({**json.loads(text), **changes}).encode()
+            for text in (content.split(_SEPARATOR) if content else [])
+        ]
+
     def entries(self, images: Optional[list[tuple[Key, dict[str, Any]]]] = None) -> Iterator[dict[str, Any]]:
         """The results image by image.
 
@@ -201,8 +218,11 @@ class ProposalWriter:
         Returns:
             Iterator of dicts with image_id and results.
         """
-        for key, changes in images if images is not None else [(key, {"image_id": key}) for key in self._places]:
+        for key, changes in self._in_order(images):
             yield {"image_id": changes["image_id"], "results": [{**result, **changes} for result in self.results(key)]}
+
+    def _in_order(self, images: Optional[Sequence[tuple[Key, dict[str, Any]]]]) -> Sequence[tuple[Key, dict[str, Any]]]:
+        return [(key, {"image_id": key}) for key in self._places] if images is None else images
 
     def finish(
         self,
@@ -233,12 +253,13 @@ class ProposalWriter:
         count = 0
         with open_output(self.output) as out:
             out.write(b"[" if dataset is None else (json.dumps(dataset)[:-1] + ', "annotations": [').encode())
-            separator = "\n"
-            for entry in self.entries(images):
-                count += len(entry["results"])
-                for result in entry["results"]:
-                    out.write((separator + json.dumps(result)).encode())
-                    separator = ",\n"
+            separator = b"\n"
+            for key, changes in self._in_order(images):
+                texts = self._encoded(key, changes)
+                if texts:
+                    out.write(separator + b",\n".join(texts))
+                    separator = b",\n"
+                count += len(texts)
             out.write(b"\n]\n" if dataset is None else b"\n]}\n")
         if pickle_path:
             write_pickle(self.entries(images), pickle_path, masks=pickle_masks)
