@@ -1,4 +1,4 @@
-"""Measures speed and memory of proposals, of runs over photographs, of the evaluation of proposals, of training, of cutting training patches, and of detectors.
+"""Measures speed and memory of proposals, runs over photographs, evaluation, training, cutting training patches, and detectors.
 
     python -m benchmarks proposals --model sharpmask_bifpn_lite0 --config-file configs/sharpmask_R_50.yaml --dtype float32 bfloat16
     python -m benchmarks growth --model sharpmask_bifpn_lite0 --model sharpmask_lite0 --dtype bfloat16 --plot growth.png

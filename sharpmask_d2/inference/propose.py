@@ -9,11 +9,13 @@ from .. import __version__
 from ..io.fingerprint import config_settings
 from ..io.outputs import check_outputs
 from ..io.proposal_files import to_results
+from ..io.shards import Shard
 from ..visualization import choose_distinct, draw_masks
 from .caching import keep_between_images
 from .configuration import build_config
 from .image_files import Work, find_images, report_command, run_images
 from .predictor import ProposalPredictor
+from .ranks import is_first_rank
 
 # Maximum number of proposals that a picture shows, chosen among the best of the image.
 _SHOWN = 8
@@ -31,6 +33,7 @@ def compute_proposals(
     pkl_masks: bool = False,
     dtype: str = "float32",
     compiled: bool = False,
+    shard: Optional[Shard] = None,
     **config: Any,
 ) -> int:
     """Computes the proposals of images and writes them. A run that was stopped resumes when it is started again with equal settings.
@@ -45,6 +48,7 @@ def compute_proposals(
         pkl_masks: whether that file holds the masks, too.
         dtype: see `ProposalPredictor`.
         compiled: see `ProposalPredictor`.
+        shard: see `run_images`; not with `pkl`.
         config: see `build_config`.
 
     Returns:
@@ -59,7 +63,7 @@ def compute_proposals(
     images = find_images(input, annotations, image_root)
     cfg = build_config(**config)
     check_outputs(
-        {"--output": output, "--pkl": pkl},
+        {"--output": output, "--pkl": pkl} if is_first_rank() else {},
         inputs=[annotations, config.get("config_file"), cfg.MODEL.WEIGHTS],
         folders={"--visualize": visualize},
         images=[*(input or []), *(image.path for image in images)],
@@ -85,6 +89,7 @@ def compute_proposals(
         pictures=visualize,
         pickle_path=pkl,
         pickle_masks=pkl_masks,
+        shard=shard,
     )
 
 

@@ -85,6 +85,8 @@ class ProposalWriter:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self._places: dict[Key, int] = {}  # key of an image -> position at which its line begins
         self._pictures: set[tuple[Key, str]] = set()
+        # Image id -> number of its results in the output, set by `finish`.
+        self.counts: dict[Key, int] = {}
         self._started = False
         self._file = open_locked(self.partial)
         try:
@@ -250,7 +252,7 @@ class ProposalWriter:
             OutputError: a file cannot be written; the partial file stays.
             UserError: see `write_pickle`.
         """
-        count = 0
+        self.counts = {}
         with open_output(self.output) as out:
             out.write(b"[" if dataset is None else (json.dumps(dataset)[:-1] + ', "annotations": [').encode())
             separator = b"\n"
@@ -259,7 +261,7 @@ class ProposalWriter:
                 if texts:
                     out.write(separator + b",\n".join(texts))
                     separator = b",\n"
-                count += len(texts)
+                self.counts[changes["image_id"]] = len(texts)
             out.write(b"\n]\n" if dataset is None else b"\n]}\n")
         if pickle_path:
             write_pickle(self.entries(images), pickle_path, masks=pickle_masks)
@@ -268,7 +270,7 @@ class ProposalWriter:
             self.partial.unlink()
             self._started = False
         self.close()
-        return count
+        return sum(self.counts.values())
 
 
 def _parse_line(line: bytes) -> tuple[Optional[Key], Optional[str]]:
