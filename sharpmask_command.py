@@ -24,7 +24,7 @@ SUBCOMMANDS = {
     "propose": "Computes segment proposals of images and writes them as COCO result JSON.",
     "segment": "Segments images: every object that the model finds, or the objects in given boxes.",
     "detect": "Detects objects in images, by classifying SharpMask proposals.",
-    "merge": "Merges the result files of all shards of a run into one.",
+    "merge": "Merges the result files of all shards of a run into the file of a run that was not divided.",
     "export": "Writes proposals or masks in the formats of labelling tools: COCO, CVAT, Label Studio, labelme, YOLO, PNG.",
     "evaluate": "Prints the average recall (AR) of proposals on an annotated dataset.",
     "report": "Writes a report on proposals as one HTML file, with their masks and, with annotations, their recall.",
