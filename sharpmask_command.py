@@ -24,6 +24,7 @@ SUBCOMMANDS = {
     "bulk": "Computes the proposals of millions of images with Ray, on one machine or a cluster.",
     "segment": "Segments images: every object that the model finds, or the objects in given boxes.",
     "detect": "Detects objects in images, by classifying SharpMask proposals.",
+    "merge": "Merges the result files of all shards of a run into the file of a run that was not divided.",
     "export": "Writes proposals or masks in the formats of labelling tools: COCO, CVAT, Label Studio, labelme, YOLO, PNG.",
     "export-model": "Exports a model as ONNX or OpenVINO graphs, which run without torch.",
     "evaluate": "Prints the average recall (AR) of proposals on an annotated dataset.",

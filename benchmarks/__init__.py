@@ -6,6 +6,7 @@ from .encoding import time_encoding
 from .growth import measure_growth, plot_growth
 from .limits import best_rates, count_operations
 from .memory import forget_peak, peak_megabytes
+from .photographs import time_photographs
 from .proposals import ProposalRun
 from .runtimes import time_runtimes
 from .sampler import time_sampler
@@ -31,6 +32,7 @@ __all__ = [
     "plot_growth",
     "time_detector",
     "time_encoding",
+    "time_photographs",
     "time_runtimes",
     "time_sampler",
 ]

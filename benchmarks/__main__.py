@@ -1,8 +1,9 @@
-"""Measures speed and memory of proposals, of their evaluation, of training, of cutting training patches, and of detectors.
+"""Measures speed and memory of proposals, runs over photographs, evaluation, training, cutting training patches, and detectors.
 
     python -m benchmarks proposals --model sharpmask_bifpn_lite0 --config-file configs/sharpmask_R_50.yaml --dtype float32 bfloat16
     python -m benchmarks runtimes --model-folder exported/ --model-folder exported_int8/ --annotations instances.json --image-root images
     python -m benchmarks growth --model sharpmask_bifpn_lite0 --model sharpmask_lite0 --dtype bfloat16 --plot growth.png
+    python -m benchmarks photographs --input photographs/ --model sharpmask_bifpn_lite0 --dtype bfloat16
     python -m benchmarks evaluation
     python -m benchmarks training --config-file configs/deepmask_lite0.yaml --config-file configs/sharpmask_bifpn_lite0.yaml
     python -m benchmarks sampler --annotations train.json --image-root images --config-file configs/deepmask_lite0.yaml
@@ -47,6 +48,7 @@ from . import (
     plot_growth,
     time_detector,
     time_encoding,
+    time_photographs,
     time_runtimes,
     time_sampler,
 )
@@ -63,6 +65,9 @@ def parse_args() -> argparse.Namespace:
     runtimes = commands.add_parser(
         "runtimes", help="seconds, memory and recall of exported models, beside the model in torch"
     )
+    photographs = commands.add_parser("photographs", help="seconds of each stage of a run over photographs")
+    photographs.add_argument("--input", nargs="+", required=True, help="image files and folders")
+    photographs.add_argument("--model", default=model_zoo.DEFAULT, choices=model_zoo.names(), help="a packaged model")
     growth = commands.add_parser("growth", help="seconds per image, as image, scales, proposals and batch grow")
     evaluation = commands.add_parser("evaluation", help="seconds for encoding and evaluating an image's proposals")
     training = commands.add_parser("training", help="seconds per step, patches and images per second")
@@ -82,7 +87,8 @@ def parse_args() -> argparse.Namespace:
         "--compile", action="store_true", dest="compiled", help="also measure each with its trunk compiled"
     )
     growth.add_argument("--plot", help="draw the curves into this picture")
-    growth.add_argument("--dtype", default="float32", **dtypes)
+    for command in (growth, photographs):
+        command.add_argument("--dtype", default="float32", **dtypes)
     runtimes.add_argument("--model", default=model_zoo.DEFAULT, choices=model_zoo.names(), help="packaged model")
     runtimes.add_argument("--dtype", nargs="*", default=["float32"], **dtypes)
     runtimes.add_argument("--model-folder", action="append", default=[], help="exported model; may be repeated")
@@ -104,13 +110,13 @@ def parse_args() -> argparse.Namespace:
     detector.add_argument("--dtype", default="float32", **dtypes)
     for command in (proposals, evaluation, training, detector):
         command.add_argument("--image-size", type=positive, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
-    for command in (proposals, growth, evaluation, training, detector):
+    for command in (proposals, photographs, growth, evaluation, training, detector):
         command.add_argument("--repeat", type=positive, default=5, help="timed runs, after one that is not")
     for command in (sampler, detector):
         command.add_argument("--config-file", help="default: the defaults of sharpmask_d2/config.py")
     for command in commands.choices.values():
         command.add_argument("--output", help="write the figures to this JSON file")
-    for command in (sampler, proposals, growth, training, detector):
+    for command in (sampler, proposals, photographs, growth, training, detector):
         command.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values: KEY VALUE ...")
     args = parser.parse_args()
     files = getattr(args, "config_file", None)
@@ -118,6 +124,7 @@ def parse_args() -> argparse.Namespace:
         parser.error("name a --model or a --config-file")
     files = files if isinstance(files, list) else [files]
     inputs = [*files, *(getattr(args, name, None) for name in ("weights", "annotations", "image_root"))]
+    inputs += getattr(args, "input", [])
     for path in inputs:
         if path and not Path(path).exists():
             parser.error(f"there is no {path}")
@@ -159,6 +166,11 @@ def benchmark_proposals(args: argparse.Namespace) -> dict:
     for measured in runs:
         measured.close()
     return figures
+
+
+def benchmark_photographs(args: argparse.Namespace) -> dict:
+    cfg = merged(model_zoo.get_config(args.model), args.opts)
+    return time_photographs(cfg, args.input, dtype=args.dtype, repeat=args.repeat)
 
 
 def benchmark_training(args: argparse.Namespace) -> dict:
@@ -266,6 +278,7 @@ def main() -> None:
         "sampler": (benchmark_sampler, print_figures),
         "proposals": (benchmark_proposals, print_runs),
         "runtimes": (benchmark_runtimes, print_runs),
+        "photographs": (benchmark_photographs, print_figures),
         "growth": (benchmark_growth, print_growth),
         "evaluation": (benchmark_evaluation, print_figures),
         "training": (benchmark_training, print_runs),

@@ -1,7 +1,9 @@
 """Measures the seconds that each stage of proposal generation takes."""
 
+import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -18,20 +20,30 @@ class StageClock:
 
     Inside `with clock:` the methods that make up a stage are replaced by timed ones. Time of a stage inside another one counts for the
     inner one only. On a GPU every stage ends with a synchronisation, so that the sum is a little more than an unmeasured run takes.
+    Each thread has stages of its own, which may overlap those of other threads; a stage should run in one thread only.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, also: Sequence[tuple] = ()):
         """
         Args:
             model: SharpMaskProposalNetwork or SegmentProposalNetwork.
+            also: (stage, object, name of its function or method) of more stages; none by default.
         """
         self.model = model
         self.seconds = defaultdict(float)
-        self._running = []
+        self._also = also
+        self._threads = threading.local()
+
+    @property
+    def _running(self) -> list:
+        """[stage, time at which it began or was resumed] of the stages of this thread, the outermost first."""
+        if not hasattr(self._threads, "running"):
+            self._threads.running = []
+        return self._threads.running
 
     def __enter__(self) -> "StageClock":
         self._patches = ExitStack()
-        for stage, owner, name in _parts(self.model):
+        for stage, owner, name in [*_parts(self.model), *self._also]:
             self._patches.enter_context(self._replaced(owner, name, stage))
         return self
 

@@ -3,6 +3,7 @@
 Shape letters: N proposals of an image, H W height and width of an image in pixels.
 """
 
+import json
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, Optional
@@ -116,7 +117,8 @@ def _places(folder: Folder) -> dict[Any, tuple[str, int]]:
     return places
 
 
-def _coco_results(folder: Folder, ids: list, places: dict[Any, tuple[str, int]]) -> Iterator[dict[str, Any]]:
+def _coco_results(folder: Folder, ids: list, places: dict[Any, tuple[str, int]]) -> Iterator[list[bytes]]:
+    """The results of each image as JSON."""
     tables: OrderedDict[str, Any] = OrderedDict()
     for image_id in ids:
         path, number = places[image_id]
@@ -126,7 +128,7 @@ def _coco_results(folder: Folder, ids: list, places: dict[Any, tuple[str, int]])
                 tables.popitem(last=False)
         tables.move_to_end(path)
         (row,) = tables[path].slice(number, 1).to_pylist()
-        yield from _row_results(row)
+        yield [json.dumps(result).encode() for result in _row_results(row)]
 
 
 def _row_results(row: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any, Optional
 from ..console import console
 from ..errors import UserError
 from ..inference import DTYPES
+from ..io.shards import Shard, parse_shard
 
 _INTERRUPTED = 130
 
@@ -128,6 +129,25 @@ def add_pkl_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="store the masks in the pickle, for detectors that give detections the masks of their proposals",
     )
+
+
+def add_shard_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--shard`, which `run_images` takes."""
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="work on every N-th image from the I-th on only; `sharpmask merge` joins the files of all N runs",
+    )
+
+
+def _shard(text: str) -> Shard:
+    try:
+        return parse_shard(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no shard: I/N with I from 1 to N is expected, such as 1/4"
+        ) from None
 
 
 def add_threads_option(parser: argparse.ArgumentParser) -> None:

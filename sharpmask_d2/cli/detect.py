@@ -15,7 +15,15 @@ from typing import Optional
 from ..data import add_dataset_option, register_datasets
 from ..inference.detect import detect
 from ..model_zoo import DEFAULT_DETECTOR
-from .command import add_console_options, add_model_options, add_threads_option, console_of, make_parser, set_threads
+from .command import (
+    add_console_options,
+    add_model_options,
+    add_shard_option,
+    add_threads_option,
+    console_of,
+    make_parser,
+    set_threads,
+)
 
 
 def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -30,6 +38,7 @@ def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help="lowest score of the detections that pictures show; default: %(default)s",
     )
     add_threads_option(parser)
+    add_shard_option(parser)
     add_console_options(parser)
     add_dataset_option(parser)
     add_model_options(parser, default=DEFAULT_DETECTOR, kind="detector")

@@ -10,6 +10,12 @@ Images given by --input are numbered from 1 in the order of their names, and eve
 with their sub-folders; hidden files are skipped. An image that cannot be processed is named and left out, and the exit status is 1.
 A run that was stopped resumes when it is started again with the same settings; images that were added, replaced or removed in the
 meantime affect no other image.
+
+Several processes or machines share a run with --shard, or with torchrun:
+
+    torchrun --nproc_per_node 2 -m sharpmask_command propose --input photographs/ --output proposals.json
+
+Each process of torchrun works on a part of the images, on a GPU of its own where there are several, and the last one writes the output.
 """
 
 import argparse
@@ -23,6 +29,7 @@ from .command import (
     add_dtype_option,
     add_model_options,
     add_pkl_options,
+    add_shard_option,
     add_threads_option,
     console_of,
     make_parser,
@@ -64,6 +71,7 @@ def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help="compile the trunk; worthwhile for many images of one size, on some processors",
     )
     add_threads_option(parser)
+    add_shard_option(parser)
     add_console_options(parser)
     add_model_options(parser, default=DEFAULT)
     parser.add_argument("--model-folder", metavar="DIR", help="exported model, instead of a packaged model")
@@ -74,6 +82,8 @@ def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         for name, option in _TRAINED_ONLY.items():
             if getattr(args, name) not in (parser.get_default(name), []):
                 parser.error(f"{option} cannot be combined with --model-folder: the exported model has its own")
+    if args.shard and args.pkl:
+        parser.error("--pkl cannot be combined with --shard: give it to `sharpmask merge`")
     return args
 
 

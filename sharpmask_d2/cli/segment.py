@@ -26,6 +26,7 @@ from .command import (
     add_console_options,
     add_dtype_option,
     add_model_options,
+    add_shard_option,
     add_threads_option,
     console_of,
     make_parser,
@@ -60,11 +61,13 @@ def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     )
     add_dtype_option(parser)
     add_threads_option(parser)
+    add_shard_option(parser)
     add_console_options(parser)
     add_model_options(parser, default=DEFAULT)
     args = parser.parse_intermixed_args(argv)
-    if args.boxes and (args.input or args.non_overlapping):
-        parser.error(f"--boxes cannot be combined with {'--input' if args.input else '--non-overlapping'}")
+    for option in ("input", "non_overlapping", "shard"):
+        if args.boxes and getattr(args, option):
+            parser.error(f"--boxes cannot be combined with --{option.replace('_', '-')}")
     if not args.boxes and bool(args.input) == bool(args.annotations):
         parser.error("give one of --input, --annotations and --boxes")
     if (args.boxes or args.annotations) and not args.image_root:
@@ -85,7 +88,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     set_threads(args.pop("threads"))
     with console_of(args):
         if args["boxes"]:
-            del args["input"], args["non_overlapping"]
+            del args["input"], args["non_overlapping"], args["shard"]
             return segment_boxes(**args)
         del args["boxes"]
         return segment_images(**args)

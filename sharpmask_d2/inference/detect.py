@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from .. import __version__
 from ..errors import UserError
 from ..io.fingerprint import config_settings
 from ..io.outputs import check_outputs
+from ..io.shards import Shard
 from ..model_zoo import DEFAULT_DETECTOR
 from .caching import keep_between_images
 from .configuration import build_config
 from .image_files import InputImage, Work, list_inputs, report_command, run_images
 from .predictor import DetectionPredictor
+from .ranks import is_first_rank
 
 
 def dataset_metadata(name: str) -> Metadata:
@@ -116,6 +118,7 @@ def detect(
     output: str,
     score_threshold: float = 0.3,
     model: str = DEFAULT_DETECTOR,
+    shard: Optional[Shard] = None,
     **config: Any,
 ) -> int:
     """Detects objects in images, and writes detections.json and one picture per image.
@@ -127,6 +130,7 @@ def detect(
         output: folder to write to.
         score_threshold: lowest score of the detections that pictures show, in 0..1; the JSON file holds all detections.
         model: see `build_config`.
+        shard: see `run_images`.
         config: see `build_config`.
 
     Returns:
@@ -148,7 +152,7 @@ def detect(
     folder = Path(output)
     file = folder / "detections.json"
     check_outputs(
-        {"--output": file},
+        {"--output": file} if is_first_rank() else {},
         inputs=[config.get("config_file"), cfg.MODEL.WEIGHTS],
         folders={"--output": folder},
         images=[*input, *(image.path for image in images)],
@@ -182,4 +186,5 @@ def detect(
         next_command=report_command(str(file), images),
         draw=draw,
         pictures=folder,
+        shard=shard,
     )

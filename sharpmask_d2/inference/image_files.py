@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,8 +15,13 @@ from ..console import print_next, print_status, print_summary, progress
 from ..data.coco import load_images
 from ..data.failed_images import FailedImages
 from ..data.images import read_image
+from ..errors import UserError
 from ..io.fingerprint import digest_file
+from ..io.outputs import OutputError
 from ..io.proposal_files import ProposalWriter
+from ..io.shards import LIST, Shard, write_list
+from .ranks import merge_ranks, shard_of_rank, shard_path
+from .threads import WriterThread, read_ahead
 
 # Suffixes of the files in folders that count as images. Pillow reads AVIF from version 11.3 on.
 _SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif", ".avif"}
@@ -127,8 +133,11 @@ def process_images(
     draw: Optional[Callable[[np.ndarray, list[dict[str, Any]]], np.ndarray]] = None,
     pictures: Optional[Union[str, Path]] = None,
     more_input: Callable[[InputImage], str] = lambda image: "",
+    shard: Optional[Shard] = None,
 ) -> tuple[list[tuple[str, dict[str, Any]]], FailedImages]:
     """Works on the images that `writer` does not have yet, and gives it the results. An image that fails is named and left out.
+
+    Images are read, and results and pictures are written, in threads beside the work.
 
     A resumed run recognises an image by the content of its file, not by its path or time: images that were added, replaced or removed
     affect no other image, and one that was renamed or copied is not processed again. Reading the files takes about a hundredth of the
@@ -142,6 +151,7 @@ def process_images(
         draw: makes the picture of an image from its pixels and its results; needed with `pictures`.
         pictures: folder for the pictures; None writes none. A picture that an earlier run did not write is drawn from its results.
         more_input: a text for what the results of an image depend on besides its file, such as boxes; default: nothing.
+        shard: the part of the images to work on. Pictures have the names that they have in a run over all images. Default: None, all.
 
     Returns:
         The finished images in their order, as `ProposalWriter.finish` takes them, and the images that failed.
@@ -153,34 +163,55 @@ def process_images(
         from ..visualization import name_pictures, write_picture
 
         names = name_pictures(images)
+    if shard is not None:
+        images, names = shard.select(images), shard.select(names)
     keys = _known_keys(images, writer, more_input)
     if keys:
         print_status(f"{len(keys)} of {len(images)} images are done already, in {writer.partial}")
     finished = []
-    for i, (image, name) in enumerate(zip(progress(images, desc=desc), names)):
-        pixels = None
+
+    def read(i: int) -> Optional[np.ndarray]:
+        """The pixels of an image that is not done yet; None for the others and for one that fails, which has no key afterwards."""
+        image = images[i]
         if i not in keys:
-            results = None
             with failed.named(image.image_id, image.path):
                 key = digest_file(image.path) + more_input(image)
                 pixels = read_image(image.path)
-                results = work(image, pixels)
-            if results is None:
-                continue
-            writer.add(key, results)
-            keys[i] = key
-        finished.append((keys[i], {"image_id": image.image_id, **image.extra}))
+                keys[i] = key
+                return pixels
+        return None
+
+    def write(i: int, pixels: Optional[np.ndarray], results: Optional[list[dict[str, Any]]]) -> None:
+        image, key, name = images[i], keys[i], names[i]
+        if results is not None:
+            try:
+                writer.add(key, results)
+            except OutputError as error:
+                raise OutputError(f"image {image.image_id}, {image.path}: {error}") from error
+        finished.append((key, {"image_id": image.image_id, **image.extra}))
         if not (pictures and draw and name):
-            continue
-        if writer.has_picture(keys[i], name) and (Path(pictures) / name).exists():
-            continue
+            return
+        if writer.has_picture(key, name) and (Path(pictures) / name).exists():
+            return
         drawn = False
         with failed.named(image.image_id, image.path, consequence=f"it has no picture {name}"):
             pixels = read_image(image.path) if pixels is None else pixels
-            write_picture(Path(pictures) / name, draw(pixels, writer.results(keys[i])))
+            write_picture(Path(pictures) / name, draw(pixels, writer.results(key)))
             drawn = True
         if drawn:
-            writer.add_picture(keys[i], name)
+            writer.add_picture(key, name)
+
+    numbers = range(len(images))
+    with WriterThread() as thread:
+        for i, pixels in zip(progress(numbers, desc=desc), read_ahead(numbers, read)):
+            results = None
+            if pixels is not None:
+                with failed.named(images[i].image_id, images[i].path):
+                    results = work(images[i], pixels)
+                if results is None:
+                    continue
+            if i in keys:
+                thread.call(write, i, pixels, results)
     return finished, failed
 
 
@@ -196,9 +227,13 @@ def run_images(
     draw: Optional[Callable[[np.ndarray, list[dict[str, Any]]], np.ndarray]] = None,
     pictures: Optional[Union[str, Path]] = None,
     more_input: Callable[[InputImage], str] = lambda image: "",
-    **finish: Any,
+    shard: Optional[Shard] = None,
+    dataset: Optional[dict[str, Any]] = None,
+    **pickle: Any,
 ) -> int:
     """Works on images, writes a COCO file of their results, and prints what was written and the next command to try.
+
+    In processes that torchrun has started, each works on a part of the images, and the one that ends last writes the file.
 
     Args:
         images: see `process_images`.
@@ -209,26 +244,56 @@ def run_images(
         desc, draw, pictures, more_input: see `process_images`.
         describe: makes the status line at the end from the number of results and the number of images.
         next_command: words of the command.
-        finish: further arguments of `ProposalWriter.finish`.
+        shard: the part of the images to work on; beside the file, the list of its images is written. Default: None, all images.
+        dataset: see `ProposalWriter.finish`; not for a part of the images.
+        pickle: pickle_path and pickle_masks, see `ProposalWriter.finish`; not for a `shard`.
 
     Returns:
-        Exit status: 1 if an image failed, else 0.
+        Exit status: 1 if an image failed, else 0. Of several processes, only the one that writes the file returns 1, since torchrun stops
+        all others when one fails.
 
     Raises:
         OutputError: see `ProposalWriter`.
+        UserError: `shard` or `dataset` is given in processes that torchrun has started.
     """
-    with ProposalWriter(str(output), settings) as writer:
+    rank = shard_of_rank()
+    if rank is not None and (shard is not None or dataset is not None):
+        raise UserError(f"torchrun cannot divide {'a shard' if shard else 'a COCO dataset'}: start one process")
+    part = rank or shard
+    path = shard_path(output, rank) if rank else Path(output)
+    if part is not None:
+        path.with_name(path.name + LIST).unlink(missing_ok=True)
+        desc = f"{desc}, shard {part}"
+    with ProposalWriter(str(path), settings) as writer:
         finished, failed = process_images(
-            images, writer, prepare(), desc=desc, draw=draw, pictures=pictures, more_input=more_input
+            images, writer, prepare(), desc=desc, draw=draw, pictures=pictures, more_input=more_input, shard=part
         )
-        # The partial file lets a run after the images were repaired process only those.
-        count = writer.finish(images=finished, keep_partial=len(failed) > 0, **finish)
+        # The partial file lets a run after the images were repaired process only those, and a rank start again while others work.
+        keep = len(failed) > 0 or rank is not None
+        count = writer.finish(images=finished, keep_partial=keep, dataset=dataset, **({} if part else pickle))
+    if part is not None:
+        write_list(path, part, [(image.image_id, image.name) for image in images], writer.counts, settings)
+    num_images, num_failed, status = len(finished), len(failed), failed.status()
+    if rank is not None:
+        merged = merge_ranks(output, rank.count, **pickle)
+        if merged is None:
+            print_status(f"shard {rank} is done; the process that ends last writes {output}")
+            return 0
+        num_images, count, num_failed = merged.num_images, merged.count, len(merged.failed)
+        status = report_failed(merged.failed)
     if pictures:
         print_status(f"wrote pictures of them: {pictures}")
-    print_status(describe(count, len(finished)))
+    print_status(describe(count, num_images))
     print_next(next_command)
-    print_summary({"images": len(finished), "failed": len(failed), "results": count, "output": str(output)})
-    return failed.status()
+    print_summary({"images": num_images, "failed": num_failed, "results": count, "output": str(output)})
+    return status
+
+
+def report_failed(failed: Sequence[str]) -> int:
+    """Prints the images that merged files lack because they failed. Returns the exit status: 1 if there are any, else 0."""
+    for image in failed:
+        print(f"{image}, could not be processed; it is left out", file=sys.stderr)
+    return int(bool(failed))
 
 
 def report_command(

@@ -3,6 +3,7 @@
 Shape letters: H W height and width of an image in pixels, h w of the resized image, N detections.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -23,6 +24,7 @@ from ..errors import UserError
 from ..modeling.meta_arch import ALONE
 from .caching import bound_kept_memory
 from .preparation import autocast, prepare_for_inference
+from .ranks import shard_of_rank
 
 # The kinds of images that predictors accept, see `data.images.to_pixels`.
 AnyImage = Union[np.ndarray, str, Path, Image]
@@ -150,6 +152,9 @@ def load_model(cfg: CfgNode) -> torch.nn.Module:
         FileNotFoundError: the file of weights does not exist.
         UserError: the device does not exist, or the file is no checkpoint or lacks parameters of the model; the message names them.
     """
+    if shard_of_rank() is not None and torch.cuda.is_available():
+        # "cuda" then means the GPU of this process. With fewer GPUs than processes, several processes share one.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     check_device(cfg)
     # In this layout, convolutions are faster on CPUs and on CUDA.
     model = build_model(cfg).to(memory_format=torch.channels_last)

@@ -5,6 +5,7 @@ from typing import Any, Optional
 
 import numpy as np
 
+from ..io.shards import Shard
 from .image_files import InputImage, Work, report_command, run_images
 
 # Maximum number of proposals that a picture shows, chosen among the best of the image.
@@ -23,13 +24,14 @@ def run_proposals(
     visualize: Optional[str],
     pkl: Optional[str],
     pkl_masks: bool,
+    shard: Optional[Shard],
 ) -> int:
     """Computes the proposals of images and writes them: see `propose.compute_proposals`.
 
     Args:
         images: from `find_images`.
         settings, prepare: see `run_images`.
-        output, image_root, visualize, pkl, pkl_masks: see `compute_proposals`.
+        output, image_root, visualize, pkl, pkl_masks, shard: see `compute_proposals`.
         annotations: COCO JSON that the images were listed by; None if they were found in folders.
 
     Returns:
@@ -51,6 +53,7 @@ def run_proposals(
         pictures=visualize,
         pickle_path=pkl,
         pickle_masks=pkl_masks,
+        shard=shard,
     )
 
 

@@ -7,11 +7,13 @@ from .. import __version__
 from ..io.fingerprint import config_settings
 from ..io.outputs import check_outputs
 from ..io.proposal_files import to_results
+from ..io.shards import Shard
 from .caching import keep_between_images
 from .configuration import build_config
 from .image_files import Work, find_images
 from .predictor import ProposalPredictor
 from .proposal_run import run_proposals
+from .ranks import is_first_rank
 
 
 def compute_proposals(
@@ -25,6 +27,7 @@ def compute_proposals(
     pkl_masks: bool = False,
     dtype: str = "float32",
     compiled: bool = False,
+    shard: Optional[Shard] = None,
     **config: Any,
 ) -> int:
     """Computes the proposals of images and writes them. A run that was stopped resumes when it is started again with equal settings.
@@ -39,6 +42,7 @@ def compute_proposals(
         pkl_masks: whether that file holds the masks, too.
         dtype: see `ProposalPredictor`.
         compiled: see `ProposalPredictor`.
+        shard: see `run_images`; not with `pkl`.
         config: see `build_config`.
 
     Returns:
@@ -53,7 +57,7 @@ def compute_proposals(
     images = find_images(input, annotations, image_root)
     cfg = build_config(**config)
     check_outputs(
-        {"--output": output, "--pkl": pkl},
+        {"--output": output, "--pkl": pkl} if is_first_rank() else {},
         inputs=[annotations, config.get("config_file"), cfg.MODEL.WEIGHTS],
         folders={"--visualize": visualize},
         images=[*(input or []), *(image.path for image in images)],
@@ -74,4 +78,5 @@ def compute_proposals(
         visualize=visualize,
         pkl=pkl,
         pkl_masks=pkl_masks,
+        shard=shard,
     )

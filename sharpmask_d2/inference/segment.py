@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..evaluation.coco_results import check_results
 from ..io.fingerprint import config_settings
 from ..io.outputs import check_outputs
+from ..io.shards import Shard
 from ..visualization import draw_masks
 from .automatic_mask_generator import SharpMaskAutomaticMaskGenerator
 from .caching import bound_kept_memory, keep_between_images
@@ -34,6 +35,7 @@ from .image_files import (
 )
 from .predictor import ProposalPredictor
 from .prompt_predictor import SharpMaskPredictor
+from .ranks import is_first_rank
 
 
 def segment_images(
@@ -46,6 +48,7 @@ def segment_images(
     min_quality: Optional[float] = None,
     non_overlapping: bool = False,
     dtype: str = "float32",
+    shard: Optional[Shard] = None,
     **config: Any,
 ) -> int:
     """Segments images with `SharpMaskAutomaticMaskGenerator` and writes COCO results, whose score is the predicted IoU.
@@ -61,6 +64,7 @@ def segment_images(
         min_quality: lowest predicted IoU of a mask, in 0..1; None: the generator's default.
         non_overlapping: see `SharpMaskAutomaticMaskGenerator`. Default: False.
         dtype: see `ProposalPredictor`.
+        shard: see `run_images`.
         config: see `build_config`.
 
     Returns:
@@ -75,7 +79,7 @@ def segment_images(
     images = find_images(input, annotations, image_root)
     cfg = build_config(**config)
     check_outputs(
-        {"--output": output},
+        {"--output": output} if is_first_rank() else {},
         inputs=[annotations, config.get("config_file"), cfg.MODEL.WEIGHTS],
         folders={"--visualize": visualize},
         images=[*(input or []), *(image.path for image in images)],
@@ -118,6 +122,7 @@ def segment_images(
         next_command=report_command(output, images, None if input else annotations, image_root),
         draw=_draw,
         pictures=visualize,
+        shard=shard,
     )
 
 
@@ -154,6 +159,7 @@ def segment_boxes(
         visualize: folder for pictures of the masks; None writes none.
         min_quality: lowest quality of a mask, in 0..1; None keeps all.
         dtype: see `ProposalPredictor`.
+        shard: see `run_images`.
         config: see `build_config`.
 
     Returns:
@@ -168,7 +174,7 @@ def segment_boxes(
     given = _read_boxes(boxes, annotations, image_root)
     cfg = build_config(**config)
     check_outputs(
-        {"--output": output},
+        {"--output": output} if is_first_rank() else {},
         inputs=[boxes, annotations, config.get("config_file"), cfg.MODEL.WEIGHTS],
         folders={"--visualize": visualize},
         images=[image.path for image in given.images],

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 # An image is known by its id or by a text.
 Key = Union[int, str]
 
+# Of the form of partial files.
+_VERSION = 2
+# Between the results of a line of the partial file. JSON is the same with it as with ", ", and no other place of a line has a tab.
+_SEPARATOR = b",\t"
+# Between the key of an image and its results.
+_RESULTS = b', "results": ['
+
 # Maximum number of changed settings that a message names.
 _NAMED = 4
 # Detectron2's BoxMode.XYXY_ABS. This module works without Detectron2.
@@ -101,11 +108,13 @@ class ProposalWriter:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self._places: dict[Key, int] = {}  # key of an image -> position at which its line begins
         self._pictures: set[tuple[Key, str]] = set()
+        # Image id -> number of its results in the output, set by `finish`.
+        self.counts: dict[Key, int] = {}
         self._started = False
         self._file = open_locked(self.partial)
         try:
             # In the form in which settings are read from the file.
-            self._resume(json.loads(json.dumps(settings)))
+            self._resume(json.loads(json.dumps({**settings, "partial file": _VERSION})))
         except BaseException:
             self.close()
             raise
@@ -136,7 +145,7 @@ class ProposalWriter:
         self._file.seek(end)
         self._file.truncate()
         if not end:
-            self._append({"settings": settings})
+            self._append(json.dumps({"settings": settings}).encode())
 
     def _read_lines(self, settings: dict[str, Any]) -> int:
         """The position at which the complete lines end; 0 if there is nothing to resume."""
@@ -172,10 +181,10 @@ class ProposalWriter:
             )
         return end
 
-    def _append(self, line: dict[str, Any]) -> None:
+    def _append(self, line: bytes) -> None:
         try:
             self._file.seek(0, os.SEEK_END)
-            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.write(line + b"\n")
             self._file.flush()
         except OSError as error:
             raise OutputError(
@@ -192,15 +201,16 @@ class ProposalWriter:
         Raises:
             OutputError: the partial file cannot be written.
         """
+        encoded = _SEPARATOR.join(json.dumps(result).encode() for result in results)
         self._file.seek(0, os.SEEK_END)
         place = self._file.tell()
         # The key comes first, so that it is found without decoding the results.
-        self._append({"image": key, "results": results})
+        self._append(b'{"image": %b%b%b]}' % (json.dumps(key).encode(), _RESULTS, encoded))
         self._places[key] = place
 
     def add_picture(self, key: Key, name: str) -> None:
         """Record that the picture `name` of the image `key` has been written."""
-        self._append({"image": key, "picture": name})
+        self._append(json.dumps({"image": key, "picture": name}).encode())
         self._pictures.add((key, name))
 
     def has_picture(self, key: Key, name: str) -> bool:
@@ -212,6 +222,17 @@ class ProposalWriter:
         self._file.seek(self._places[key])
         return json.loads(self._file.readline())["results"]
 
+    def _encoded(self, key: Key, changes: dict[str, Any]) -> list[bytes]:
+        """The results of an image as JSON, with entries replaced as in `entries`. They are encoded again only if an entry changes."""
+        self._file.seek(self._places[key])
+        line = self._file.readline()
+        content = line[line.index(_RESULTS) + len(_RESULTS) : -len(b"]}\n")]
+        unchanged = json.dumps(changes)[:-1].encode() + b", "
+        return [
+            text if text.startswith(unchanged) else json.dumps({**json.loads(text), **changes}).encode()
+            for text in (content.split(_SEPARATOR) if content else [])
+        ]
+
     def entries(self, images: Optional[list[tuple[Key, dict[str, Any]]]] = None) -> Iterator[dict[str, Any]]:
         """The results image by image.
 
@@ -222,8 +243,11 @@ class ProposalWriter:
         Returns:
             Iterator of dicts with image_id and results.
         """
-        for key, changes in images if images is not None else [(key, {"image_id": key}) for key in self._places]:
+        for key, changes in self._in_order(images):
             yield {"image_id": changes["image_id"], "results": [{**result, **changes} for result in self.results(key)]}
+
+    def _in_order(self, images: Optional[Sequence[tuple[Key, dict[str, Any]]]]) -> Sequence[tuple[Key, dict[str, Any]]]:
+        return [(key, {"image_id": key}) for key in self._places] if images is None else images
 
     def finish(
         self,
@@ -251,8 +275,15 @@ class ProposalWriter:
             OutputError: a file cannot be written; the partial file stays.
             UserError: see `write_pickle`.
         """
-        results = (result for entry in self.entries(images) for result in entry["results"])
-        count = write_results(self.output, results, dataset=dataset)
+        self.counts = {}
+
+        def encoded() -> Iterator[list[bytes]]:
+            for key, changes in self._in_order(images):
+                texts = self._encoded(key, changes)
+                self.counts[changes["image_id"]] = len(texts)
+                yield texts
+
+        write_results(self.output, encoded(), dataset=dataset)
         if pickle_path:
             write_pickle(self.entries(images), pickle_path, masks=pickle_masks)
         if not keep_partial:
@@ -260,17 +291,17 @@ class ProposalWriter:
             self.partial.unlink()
             self._started = False
         self.close()
-        return count
+        return sum(self.counts.values())
 
 
 def write_results(
-    output: Union[str, Path], results: Iterable[dict[str, Any]], *, dataset: Optional[dict[str, Any]] = None
+    output: Union[str, Path], images: Iterable[Sequence[bytes]], *, dataset: Optional[dict[str, Any]] = None
 ) -> int:
     """Write COCO results as JSON, one per line. The file appears under its name when it is complete.
 
     Args:
         output: path of the file.
-        results: the results.
+        images: the results of each image, each as JSON.
         dataset: write a COCO dataset of these entries, see `ProposalWriter.finish`. By default the file is the list of the results.
 
     Returns:
@@ -282,11 +313,12 @@ def write_results(
     count = 0
     with open_output(output) as out:
         out.write(b"[" if dataset is None else (json.dumps(dataset)[:-1] + ', "annotations": [').encode())
-        separator = "\n"
-        for result in results:
-            out.write((separator + json.dumps(result)).encode())
-            separator = ",\n"
-            count += 1
+        separator = b"\n"
+        for texts in images:
+            if texts:
+                out.write(separator + b",\n".join(texts))
+                separator = b",\n"
+            count += len(texts)
         out.write(b"\n]\n" if dataset is None else b"\n]}\n")
     return count
 

@@ -12,8 +12,10 @@ from ..extras import TORCH, import_extra
 from ..inference.caching import keep_between_images
 from ..inference.image_files import InputImage, Work, find_images
 from ..inference.proposal_run import run_proposals
+from ..inference.ranks import is_first_rank
 from ..io.fingerprint import digest_file
 from ..io.outputs import check_outputs
+from ..io.shards import Shard
 from .model_file import ExportedModel
 from .predictor import Predictor
 
@@ -30,12 +32,13 @@ def compute_proposals(
     pkl_masks: bool = False,
     num_proposals: Optional[int] = None,
     threads: Optional[int] = None,
+    shard: Optional[Shard] = None,
 ) -> int:
     """Computes the proposals of images and writes them. A run that was stopped resumes when it is started again with equal settings.
 
     Args:
         model_folder: see `Predictor`.
-        output, input, annotations, image_root, visualize, pkl, pkl_masks: see `inference.propose.compute_proposals`.
+        output, input, annotations, image_root, visualize, pkl, pkl_masks, shard: see `inference.propose.compute_proposals`.
         num_proposals, threads: see `Predictor`.
 
     Returns:
@@ -54,7 +57,7 @@ def compute_proposals(
     model = ExportedModel.read(model_folder)
     files = sorted(path for path in Path(model_folder).iterdir() if path.is_file())
     check_outputs(
-        {"--output": output, "--pkl": pkl},
+        {"--output": output, "--pkl": pkl} if is_first_rank() else {},
         inputs=[annotations, *files],
         folders={"--visualize": visualize},
         images=[*(input or []), *(image.path for image in images)],
@@ -83,4 +86,5 @@ def compute_proposals(
         visualize=visualize,
         pkl=pkl,
         pkl_masks=pkl_masks,
+        shard=shard,
     )

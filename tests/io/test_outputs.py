@@ -16,7 +16,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
 from drawing import ROOT, write_with_weights
 from PIL import Image
 from sharpmask_d2.checkpoint import save_packed
@@ -27,9 +26,9 @@ from sharpmask_d2.inference.image_files import InputImage, list_inputs, process_
 from sharpmask_d2.io import outputs
 from sharpmask_d2.io.outputs import OutputError, check_outputs, open_locked, open_output, write_output
 from sharpmask_d2.io.proposal_files import ProposalWriter, write_pickle
-from sharpmask_d2.structures import WindowMasks
 from sharpmask_d2.torch7.conversion import Torch7Model, save_torch7_model
 from sharpmask_d2.visualization import name_pictures, write_picture
+from stub_predictor import StubPredictor
 
 
 def draw(path, seed=0, size=(30, 40)) -> Path:
@@ -42,26 +41,6 @@ def draw(path, seed=0, size=(30, 40)) -> Path:
 def content(folder: Path) -> dict:
     """Path -> bytes of all files, None of a folder."""
     return {p.relative_to(folder): None if p.is_dir() else p.read_bytes() for p in folder.rglob("*")}
-
-
-class StubPredictor:
-    """Stands for a predictor: returns one proposal per image and records the images."""
-
-    seen: list
-
-    def __init__(self, cfg, **options):
-        pass
-
-    def __call__(self, pixels):
-        StubPredictor.seen.append(pixels.mean())
-        height, width = pixels.shape[:2]
-        proposals = Instances((height, width))
-        windows = torch.tensor([[0.0, 0.0, width / 2, height / 2]])
-        proposals.proposal_masks = WindowMasks(torch.ones(1, 8, 8), windows, (height, width))
-        proposals.proposal_boxes = Boxes(windows)
-        # The score tells the image.
-        proposals.objectness_logits = torch.tensor([float(pixels.mean()) / 255])
-        return proposals
 
 
 @pytest.fixture
@@ -320,7 +299,8 @@ def test_a_disk_that_fills_up_stops_the_run_and_keeps_its_results(stub, photos, 
         patch.setattr(ProposalWriter, "add", add_to_full_disk)
         try:
             with pytest.raises(
-                OutputError, match=r"cannot write .*p\.json\.partial: File too large; it keeps the images"
+                OutputError,
+                match=r"cannot write .*p\.json\.partial: File too large; it keeps the images",
             ):
                 stub(input=[str(photos)], output=str(output))
         finally:
@@ -391,6 +371,30 @@ def _process(images, tmp_path, work, **options):
 
 def _of_size(image, pixels):
     return [{"image_id": image.image_id, "size": list(pixels.shape)}]
+
+
+def test_the_output_is_that_of_json_dumps(tmp_path):
+    images = [
+        InputImage(i, draw(tmp_path / f"{i}.png", seed=i), 'ä, {\t"image_id": ', {"file_name": "ä,\t"})
+        for i in range(4)
+    ]
+    results = {
+        0: [
+            {"image_id": 0, "file_name": "ä,\t", "score": 0.1, "more": [{"image_id": 7}, {"b": ",\t"}]},
+            {"image_id": 0},
+        ],
+        1: [],
+        # Entries that the run replaces, and in another order.
+        2: [{"score": 1e-7, "image_id": 99}, {"image_id": 2, "file_name": "b", "x": float("inf")}],
+        3: [{"image_id": 3, "file_name": "ä,\t"}],
+    }
+    with ProposalWriter(str(tmp_path / "p.json"), {}) as writer:
+        finished, _ = process_images(images, writer, lambda image, pixels: results[image.image_id], desc="")
+        assert writer.finish(images=finished) == 5
+        assert writer.counts == {0: 2, 1: 0, 2: 2, 3: 1}
+    rows = [{**row, "image_id": i, "file_name": "ä,\t"} for i in range(4) for row in results[i]]
+    expected = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
+    assert (tmp_path / "p.json").read_text() == expected
 
 
 def test_an_image_that_fails_is_named_and_the_others_are_processed(tmp_path, capsys, monkeypatch):
