@@ -279,7 +279,7 @@ def run_images(
         if merged is None:
             print_status(f"shard {rank} is done; the process that ends last writes {output}")
             return 0
-        num_images, count, num_failed = merged.num_images, merged.count, len(merged.failed)
+        num_images, count, num_failed = merged.num_images, merged.num_results, len(merged.failed)
         status = report_failed(merged.failed)
     if pictures:
         print_status(f"wrote pictures of them: {pictures}")

@@ -15,7 +15,7 @@ class Merged(NamedTuple):
     """What the rank that ends last has written: see `merge_shards`."""
 
     num_images: int
-    count: int
+    num_results: int
     failed: list[str]
 
 
