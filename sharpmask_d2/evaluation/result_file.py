@@ -14,21 +14,30 @@ from ..io.json_lists import iterate_list
 from .coco_results import ResultChecks
 
 
-class _Places:
-    """Where the results of one image are: for each its index among all results, first byte, number of bytes, and score."""
+class _Runs:
+    """Where the results of one image are: for each run of results that follow each other in the file, the index of the first one among all
+    results, their number, and the first byte and the number of bytes from the first to the last."""
 
     def __init__(self) -> None:
-        self.numbers, self.offsets, self.lengths, self.scores = array("q"), array("q"), array("l"), array("d")
+        # Four entries per run, which take 32 bytes.
+        self._values = array("q")
 
-    def add(self, number: int, offset: int, length: int, score: float) -> None:
-        self.numbers.append(number)
-        self.offsets.append(offset)
-        self.lengths.append(length)
-        self.scores.append(score)
+    def start(self, number: int, offset: int) -> None:
+        self._values.extend((number, 0, offset, 0))
+
+    def add(self, end: int) -> None:
+        """Adds a result, which ends at a byte of the file, to the last run."""
+        self._values[-3] += 1
+        self._values[-1] = end - self._values[-2]
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
+        return zip(*(self._values[i::4] for i in range(4)))
 
 
 class ResultFile:
-    """A COCO result file. About 32 bytes of memory are used per result, wherever the results of an image are in the file.
+    """A COCO result file, of which the results of one image are in memory at a time.
+
+    The results of an image may be anywhere in the file; those that follow each other are read together.
 
     with ResultFile("proposals.json", coco) as file:
         for image_id, results in file.images():
@@ -49,14 +58,16 @@ class ResultFile:
         self.path = os.fspath(path)
         self.coco = coco or COCO()
         self._checks = ResultChecks(self.coco, self.path)
-        self._places: dict[Hashable, _Places] = {}
+        self._runs: dict[Hashable, _Runs] = {}
         names: dict[Hashable, Optional[str]] = {}
+        runs, last = _Runs(), None
         for i, (result, offset, length) in enumerate(iterate_list(path)):
             self._checks.check_entry(i, result)
-            image_id, score = result["image_id"], result["score"]
-            # A score that is no number is reported with the other checks of its image.
-            score = float(score) if isinstance(score, (int, float)) and abs(score) < 1e300 else math.nan
-            self._places.setdefault(image_id, _Places()).add(i, offset, length, score)
+            image_id = result["image_id"]
+            if image_id != last:
+                runs, last = self._runs.setdefault(image_id, _Runs()), image_id
+                runs.start(i, offset)
+            runs.add(offset + length)
             if names.get(image_id) is None:
                 names[image_id] = result.get("file_name")
         if coco is None:
@@ -81,7 +92,7 @@ class ResultFile:
 
     def image_ids(self) -> Collection[Hashable]:
         """The ids of the images that the file names, in its order."""
-        return self._places.keys()
+        return self._runs.keys()
 
     def count(self, image_id: Hashable) -> int:
         """Number of results of an image, 0 for one that the file does not name."""
@@ -97,15 +108,16 @@ class ResultFile:
             UserError: a result is broken; the message names it.
         """
         for image_id in self.coco.imgs:
-            if image_id in self._places:
+            if image_id in self._runs:
                 results = self.read(image_id)
-                self._checks.check_image(image_id, results, self._places[image_id].numbers.tolist())
+                numbers = [first + i for first, count, _, _ in self._runs[image_id] for i in range(count)]
+                self._checks.check_image(image_id, results, numbers)
                 yield image_id, results
         self._checks.log_warnings()
 
     def scores(self, image_id: Hashable) -> np.ndarray:
         """Scores of the results of an image, sorted; the highest is first, and equal ones are in the order of the file."""
-        scores = np.array(self._places[image_id].scores if image_id in self._places else [])
+        scores = _scores(self.read(image_id))
         return scores[np.argsort(-scores, kind="stable")]
 
     def read(self, image_id: Hashable, ranks: Optional[Iterable[int]] = None) -> list[dict[str, Any]]:
@@ -119,13 +131,19 @@ class ResultFile:
         Returns:
             The results.
         """
-        places = self._places.get(image_id, _Places())
-        chosen: Iterable[int] = range(len(places.numbers))
-        if ranks is not None:
-            order = np.argsort(-np.array(places.scores), kind="stable")
-            chosen = [order[rank] for rank in ranks]
-        results = []
-        for i in chosen:
-            self._file.seek(places.offsets[i])
-            results.append(json.loads(self._file.read(places.lengths[i])))
-        return results
+        results: list[dict[str, Any]] = []
+        for _, _, offset, length in self._runs.get(image_id, _Runs()):
+            self._file.seek(offset)
+            results += json.loads(b"[%b]" % self._file.read(length))
+        if ranks is None:
+            return results
+        order = np.argsort(-_scores(results), kind="stable")
+        return [results[order[rank]] for rank in ranks]
+
+
+def _scores(results: list[dict[str, Any]]) -> np.ndarray:
+    """Scores of results, nan for those that are no numbers."""
+    scores = (result["score"] for result in results)
+    return np.array(
+        [float(x) if isinstance(x, (int, float)) and abs(x) < 1e300 else math.nan for x in scores], dtype=np.float64
+    )
