@@ -4,7 +4,9 @@ import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
 # isort: split
 
+import fcntl
 import functools
+import os
 from pathlib import Path
 
 import cv2
@@ -35,8 +37,15 @@ def exported_model(tmp_path_factory):
         from sharpmask_d2.export import export_model
         from sharpmask_d2.model_zoo import DEFAULT
 
-        folder = tmp_path_factory.mktemp("exported") / to
-        export_model(output=str(folder), to=to, model=DEFAULT)
+        # The processes of pytest-xdist share one export, which takes a minute.
+        shared = tmp_path_factory.getbasetemp()
+        shared = shared.parent if os.environ.get("PYTEST_XDIST_WORKER") else shared
+        folder = shared / "exported" / to
+        folder.parent.mkdir(exist_ok=True)
+        with open(folder.with_suffix(".lock"), "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "model.json").exists():
+                export_model(output=str(folder), to=to, model=DEFAULT)
         return folder
 
     return export

@@ -22,7 +22,7 @@ def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = make_parser("export-model", __doc__)
     parser.add_argument("--to", default="onnx", choices=FORMATS, help="format of the graphs; default: %(default)s")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--int8", action="store_true", help="compute in int8, with --to openvino")
+    parser.add_argument("--int8", action="store_true", help="compute the encoder in int8, with --to openvino")
     parser.add_argument(
         "--calibrate",
         nargs="+",

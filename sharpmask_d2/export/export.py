@@ -7,17 +7,16 @@ from typing import Any, Optional
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UserError
 from ..inference.configuration import build_config
 from ..inference.image_files import list_inputs
 from ..inference.predictor import load_model, prepare_image
 from ..io.outputs import check_outputs
-from ..modeling.proposal_generator import SharpMaskFPN
 from ..runtime.model_file import ExportedModel
-from .calibration import CalibrationImage, calibration_images
 from .graphs import DecoderGraph, EncoderGraph, prepare_for_export
+from .inputs import encoder_inputs
 
 FORMATS = ("onnx", "openvino")
 
@@ -35,7 +34,7 @@ def export_model(
     Args:
         output: folder to write; a missing one is created.
         to: one of `FORMATS`.
-        int8: whether convolutions compute in int8; with the format "openvino" only.
+        int8: whether the encoder's convolutions compute in int8; with the format "openvino" only.
         calibrate: image files and folders from which the ranges of int8 values are measured; needed with `int8`.
         config: see `build_config`; `model` or `config_file` names the model.
 
@@ -54,13 +53,12 @@ def export_model(
     images = list_inputs(calibrate) if int8 and calibrate else []
     check_outputs({}, inputs=[config.get("config_file")], folders={"--output": output})
     cfg = build_config(**{**config, "opts": [*config.get("opts", ()), "MODEL.DEVICE", "cpu"]})
-    model = load_model(cfg)
-    generator = getattr(model, "proposal_generator", None)
-    if not isinstance(generator, SharpMaskFPN) or not hasattr(model, "pixel_mean"):
+    if cfg.MODEL.META_ARCHITECTURE != "SegmentProposalNetwork" or cfg.MODEL.PROPOSAL_GENERATOR.NAME != "SharpMaskFPN":
         raise UserError(
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: only a SharpMask on a feature pyramid can be exported "
-            "(MODEL.PROPOSAL_GENERATOR.NAME: SharpMaskFPN)"
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: only a SharpMask on a feature pyramid can be exported, a "
+            "SegmentProposalNetwork whose MODEL.PROPOSAL_GENERATOR.NAME is SharpMaskFPN"
         )
+    model = load_model(cfg)
     described = _describe(cfg, model, name=config.get("config_file") or config["model"], to=to, int8=int8)
     prepare_for_export(model)
     _write(model, cfg, Path(output), to, [image.path for image in images])
@@ -107,14 +105,5 @@ def _write(model: nn.Module, cfg: CfgNode, folder: Path, to: str, paths: Sequenc
     encoder, decoder = EncoderGraph(model, layout).eval(), DecoderGraph(model, layout).eval()
     resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
     resized = [prepare_image(str(path), resize, cfg)["image"].permute(1, 2, 0) for path in paths]
-    calibration = calibration_images(model.proposal_generator, encoder, resized, model.backbone.size_divisibility)
-    write(encoder, decoder, _example(model, encoder), folder, calibration)
-
-
-def _example(model: nn.Module, encoder: EncoderGraph) -> CalibrationImage:
-    """Inputs to trace the graphs with, of the smallest sizes that stand for any other."""
-    image = torch.zeros(200, 300, 3, dtype=torch.uint8)
-    (example,) = calibration_images(model.proposal_generator, encoder, [image], model.backbone.size_divisibility)
-    # Different numbers of windows, so that they are not taken for one number.
-    windows: Tensor = example.decoder[-2]
-    return example._replace(decoder=(*example.decoder[:-2], windows[:3], windows[:5]))
+    calibration = [encoder_inputs(image, model.backbone.size_divisibility) for image in resized]
+    write(encoder, decoder, folder, calibration)

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..extras import EXPORT, import_extra
-from .calibration import CalibrationImage
 from .graphs import DecoderGraph, EncoderGraph, dynamic_shapes
+from .inputs import example_inputs
 
 # The operators of later versions are not needed, and older runtimes lack them.
 _OPSET = 20
@@ -16,15 +17,13 @@ _OPSET = 20
 def write_onnx(
     encoder: EncoderGraph,
     decoder: DecoderGraph,
-    example: CalibrationImage,
     folder: Path,
-    calibration: Sequence[CalibrationImage] = (),
+    calibration: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> None:
     """Writes encoder.onnx and decoder.onnx.
 
     Args:
         encoder, decoder: with the layout "atlas".
-        example: inputs to trace the graphs with.
         folder: that exists.
         calibration: not read, because there are no int8 graphs in ONNX.
 
@@ -33,7 +32,7 @@ def write_onnx(
     """
     for name in ("onnx", "onnxscript"):
         import_extra(name, requirement=EXPORT)
-    for name, graph, inputs in (("encoder", encoder, example.encoder), ("decoder", decoder, example.decoder)):
+    for name, graph, inputs in zip(("encoder", "decoder"), (encoder, decoder), example_inputs(encoder)):
         torch.onnx.export(
             graph,
             inputs,

