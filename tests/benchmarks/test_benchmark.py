@@ -131,7 +131,7 @@ def test_the_tool_measures_models_in_turn(tiny_cfg, tmp_path, monkeypatch, capsy
     arguments += ["--image-size", "64", "96", "--repeat", "2", "--output", output]
     monkeypatch.setattr(sys, "argv", ["benchmarks", "proposals", *map(str, arguments)])
     runpy.run_module("benchmarks", run_name="__main__")
-    assert f"| tiny    | {dtype:8} |" in capsys.readouterr().out
+    assert f"| tiny    | {dtype} |" in capsys.readouterr().out
     figures = json.loads(output.read_text())
     runs = figures["runs"]
     measured = [(run["proposals"], run["batch"]) for run in runs if run["dtype"] == dtype]
